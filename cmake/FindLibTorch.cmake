@@ -1,0 +1,43 @@
+# LibTorch as the PyPI wheel carries it, CPU half only: targets torch::cpu (libtorch_cpu and libc10).
+# The wheel's own TorchConfig.cmake insists on a CUDA toolkit, which a CPU build does not have.
+#
+# Looks in ROTUNDA_TORCH_DIR, else in the project's .venv.
+
+set(ROTUNDA_TORCH_DIR "" CACHE PATH "The torch folder of an installed wheel (.../site-packages/torch)")
+set(_torch_dir "${ROTUNDA_TORCH_DIR}")
+if(NOT _torch_dir)
+  file(GLOB _torch_candidates "${PROJECT_SOURCE_DIR}/.venv/lib/python3*/site-packages/torch")
+  if(_torch_candidates)
+    list(GET _torch_candidates 0 _torch_dir)
+  endif()
+endif()
+
+set(LibTorch_VERSION "")
+if(_torch_dir AND EXISTS "${_torch_dir}/version.py")
+  file(STRINGS "${_torch_dir}/version.py" _torch_version REGEX "^__version__")
+  string(REGEX MATCH "[0-9]+\\.[0-9]+\\.[0-9]+" LibTorch_VERSION "${_torch_version}")
+endif()
+
+find_library(LibTorch_CPU_LIBRARY torch_cpu PATHS "${_torch_dir}/lib" NO_DEFAULT_PATH)
+find_library(LibTorch_C10_LIBRARY c10 PATHS "${_torch_dir}/lib" NO_DEFAULT_PATH)
+find_path(LibTorch_INCLUDE_DIR ATen/core/TensorBody.h PATHS "${_torch_dir}/include" NO_DEFAULT_PATH)
+
+include(FindPackageHandleStandardArgs)
+find_package_handle_standard_args(LibTorch
+  REQUIRED_VARS LibTorch_CPU_LIBRARY LibTorch_C10_LIBRARY LibTorch_INCLUDE_DIR
+  VERSION_VAR LibTorch_VERSION
+  REASON_FAILURE_MESSAGE "run `make setup` first, or set ROTUNDA_TORCH_DIR")
+
+if(LibTorch_FOUND AND NOT TARGET torch::cpu)
+  add_library(torch::c10 SHARED IMPORTED)
+  set_target_properties(torch::c10 PROPERTIES IMPORTED_LOCATION "${LibTorch_C10_LIBRARY}")
+  target_include_directories(torch::c10 SYSTEM INTERFACE "${LibTorch_INCLUDE_DIR}")
+  add_library(torch::cpu SHARED IMPORTED)
+  set_target_properties(torch::cpu PROPERTIES IMPORTED_LOCATION "${LibTorch_CPU_LIBRARY}")
+  target_include_directories(torch::cpu SYSTEM INTERFACE
+    "${LibTorch_INCLUDE_DIR}" "${LibTorch_INCLUDE_DIR}/torch/csrc/api/include")
+  # AT_PARALLEL_OPENMP is how the wheel is built: at::parallel_for in our sources runs on the same pool.
+  # libtorch_cpu brings its own libgomp; linking another would start a second pool.
+  target_link_libraries(torch::cpu INTERFACE torch::c10 Threads::Threads)
+endif()
+mark_as_advanced(LibTorch_CPU_LIBRARY LibTorch_C10_LIBRARY LibTorch_INCLUDE_DIR)

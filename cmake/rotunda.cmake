@@ -1,0 +1,123 @@
+# How this project declares its targets: one library per room, tests and benches by name.
+
+set(ROTUNDA_WARNINGS -Wall -Wextra -Werror)
+
+function(_rotunda_configure target)
+  target_compile_options(${target} PRIVATE ${ROTUNDA_WARNINGS})
+  target_include_directories(${target} PUBLIC "${PROJECT_SOURCE_DIR}/src")
+  if(ROTUNDA_SANITIZE)
+    target_compile_options(${target} PRIVATE -fsanitize=${ROTUNDA_SANITIZE} -fno-sanitize-recover=undefined -fno-omit-frame-pointer)
+    target_link_options(${target} PRIVATE -fsanitize=${ROTUNDA_SANITIZE})
+  endif()
+  if(ROTUNDA_BUILD_FUZZERS)
+    target_compile_options(${target} PRIVATE -fsanitize=fuzzer-no-link)
+  endif()
+endfunction()
+
+# rotunda_add_library(<room> SOURCES <files...> [PUBLIC <targets...>] [PRIVATE <targets...>] [TORCH])
+# Makes rotunda_<room> (alias rotunda::<room>). With TORCH it links torch::cpu and shares the torch precompiled header.
+function(rotunda_add_library room)
+  cmake_parse_arguments(ARG "TORCH" "" "SOURCES;PUBLIC;PRIVATE" ${ARGN})
+  add_library(rotunda_${room} STATIC ${ARG_SOURCES})
+  add_library(rotunda::${room} ALIAS rotunda_${room})
+  _rotunda_configure(rotunda_${room})
+  target_link_libraries(rotunda_${room} PUBLIC ${ARG_PUBLIC} PRIVATE ${ARG_PRIVATE})
+  if(ARG_TORCH)
+    target_link_libraries(rotunda_${room} PUBLIC torch::cpu)
+    _rotunda_use_torch_pch(rotunda_${room})
+  endif()
+endfunction()
+
+# ATen's headers cost seconds per source; one precompiled header per build pays them once.
+function(_rotunda_use_torch_pch target)
+  if(NOT TARGET rotunda_torch_pch)
+    add_library(rotunda_torch_pch OBJECT "${PROJECT_SOURCE_DIR}/cmake/torch_pch.cpp")
+    _rotunda_configure(rotunda_torch_pch)
+    target_link_libraries(rotunda_torch_pch PUBLIC torch::cpu)
+    target_compile_options(rotunda_torch_pch PRIVATE $<$<CXX_COMPILER_ID:GNU>:-fpch-preprocess>)
+    target_precompile_headers(rotunda_torch_pch PRIVATE "${PROJECT_SOURCE_DIR}/cmake/torch_pch.h")
+  endif()
+  target_compile_options(${target} PRIVATE $<$<CXX_COMPILER_ID:GNU>:-fpch-preprocess>)
+  target_precompile_headers(${target} REUSE_FROM rotunda_torch_pch)
+endfunction()
+
+# rotunda_add_test(<name> SOURCES <files...> LINK <targets...> [LABELS <labels...>] [TORCH] [TIMEOUT <seconds>])
+# Every test carries the label `cpu` unless it says otherwise. A *_test.cpp that no call lists fails the configure
+# step (see rotunda_check_all_tests_listed).
+function(rotunda_add_test name)
+  if(NOT ROTUNDA_BUILD_TESTS)
+    return()
+  endif()
+  cmake_parse_arguments(ARG "TORCH" "TIMEOUT" "SOURCES;LINK;LABELS" ${ARGN})
+  if(NOT ARG_LABELS)
+    set(ARG_LABELS cpu)
+  endif()
+  if(NOT ARG_TIMEOUT)
+    set(ARG_TIMEOUT 300)
+  endif()
+  add_executable(${name} ${ARG_SOURCES})
+  _rotunda_configure(${name})
+  target_include_directories(${name} PRIVATE "${PROJECT_SOURCE_DIR}/tests")
+  target_compile_definitions(${name} PRIVATE
+    ROTUNDA_SOURCE_DIR="${PROJECT_SOURCE_DIR}" ROTUNDA_TEST_DATA_DIR="${PROJECT_SOURCE_DIR}/tests/data")
+  target_link_libraries(${name} PRIVATE ${ARG_LINK} GTest::gmock GTest::gtest GTest::gtest_main)
+  if(ARG_TORCH)
+    _rotunda_use_torch_pch(${name})
+  endif()
+  add_test(NAME ${name} COMMAND ${name})
+  set_tests_properties(${name} PROPERTIES LABELS "${ARG_LABELS}" TIMEOUT ${ARG_TIMEOUT})
+  foreach(source IN LISTS ARG_SOURCES)
+    cmake_path(ABSOLUTE_PATH source BASE_DIRECTORY "${CMAKE_CURRENT_SOURCE_DIR}" NORMALIZE)
+    set_property(GLOBAL APPEND PROPERTY ROTUNDA_TEST_SOURCES "${source}")
+  endforeach()
+endfunction()
+
+# Fails the configure step for a *_test.cpp below `directory` that no rotunda_add_test names.
+function(rotunda_check_all_tests_listed directory)
+  get_property(listed GLOBAL PROPERTY ROTUNDA_TEST_SOURCES)
+  file(GLOB_RECURSE found CONFIGURE_DEPENDS "${directory}/*_test.cpp")
+  foreach(source IN LISTS found)
+    if(NOT source IN_LIST listed)
+      message(FATAL_ERROR "${source} is in no rotunda_add_test: list it in the CMakeLists.txt beside it")
+    endif()
+  endforeach()
+endfunction()
+
+# rotunda_add_bench(<name> SOURCES <files...> LINK <targets...> [TORCH])
+function(rotunda_add_bench name)
+  cmake_parse_arguments(ARG "TORCH" "" "SOURCES;LINK" ${ARGN})
+  add_executable(${name} ${ARG_SOURCES})
+  _rotunda_configure(${name})
+  target_include_directories(${name} PRIVATE "${PROJECT_SOURCE_DIR}/bench")
+  target_link_libraries(${name} PRIVATE ${ARG_LINK} benchmark::benchmark)
+  if(ARG_TORCH)
+    _rotunda_use_torch_pch(${name})
+  endif()
+endfunction()
+
+# rotunda_discover(<var> <prefix>): the names of the sub-folders of the current folder that hold a CMakeLists.txt; each is
+# added, and `register_<name>` calls for them are generated into <build>/generated/<prefix>_registrations.inc (declarations
+# and calls, see the room's registry). A new format, method or family is one folder and no edit elsewhere.
+function(rotunda_discover out_var namespace registry_type header)
+  file(GLOB children CONFIGURE_DEPENDS RELATIVE "${CMAKE_CURRENT_SOURCE_DIR}" "${CMAKE_CURRENT_SOURCE_DIR}/*/CMakeLists.txt")
+  list(SORT children)
+  set(names "")
+  set(declarations "")
+  set(calls "")
+  foreach(child IN LISTS children)
+    get_filename_component(name "${child}" DIRECTORY)
+    list(APPEND names "${name}")
+    string(APPEND declarations "void register_${name}(${registry_type}& registry);\n")
+    string(APPEND calls "  register_${name}(registry);\n")
+  endforeach()
+  file(CONFIGURE OUTPUT "${CMAKE_BINARY_DIR}/generated/${header}" @ONLY CONTENT
+"// Generated by CMake from the sub-folders found; do not edit.
+#pragma once
+namespace ${namespace} {
+${declarations}
+inline void register_all(${registry_type}& registry) {
+${calls}}
+}  // namespace ${namespace}
+")
+  set(${out_var} "${names}" PARENT_SCOPE)
+endfunction()

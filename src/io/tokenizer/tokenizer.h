@@ -1,0 +1,48 @@
+#pragma once
+
+#include <cstdint>
+#include <filesystem>
+#include <memory>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <vector>
+
+namespace rotunda::io {
+
+/// Text to token ids and back, with the same ids as the Hugging Face tokenizer of the same folder.
+class Tokenizer {
+ public:
+  virtual ~Tokenizer() = default;
+
+  /// @param add_special with the tokens that the checkpoint puts around a text (usually BOS in front)
+  /// Added tokens written out in the text (such as "</s>") become their ids, as in Hugging Face. Invalid UTF-8 is replaced
+  /// by U+FFFD, one per maximal ill-formed run, as Python's errors="replace" does.
+  virtual std::vector<int64_t> encode(std::string_view text, bool add_special) const = 0;
+  /// The text of the ids; special tokens are left out where `skip_special`.
+  virtual std::string decode(const std::vector<int64_t>& ids, bool skip_special) const = 0;
+  virtual int64_t vocab_size() const = 0;  ///< largest id + 1
+  virtual std::optional<int64_t> bos_id() const = 0;
+  virtual std::optional<int64_t> eos_id() const = 0;
+};
+
+/// Streams a growing list of ids as text: holds back bytes that do not end a UTF-8 character yet.
+class StreamDecoder {
+ public:
+  explicit StreamDecoder(const Tokenizer& tokenizer) : tokenizer_(tokenizer) {}
+  /// The text that `id` adds, complete characters only.
+  std::string push(int64_t id);
+  /// What is held back, with U+FFFD for an unfinished character.
+  std::string finish();
+
+ private:
+  const Tokenizer& tokenizer_;
+  std::vector<int64_t> ids_;   // since the last point where the text was cut
+  size_t emitted_bytes_ = 0;
+};
+
+/// Loads `tokenizer.json`, or else `tokenizer.model` (with `tokenizer_config.json` beside it for special tokens).
+/// @throws Error{kUser} naming file and part for anything unsupported or damaged, or where neither is there.
+std::unique_ptr<const Tokenizer> load_tokenizer(const std::filesystem::path& model_dir);
+
+}  // namespace rotunda::io

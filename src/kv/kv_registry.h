@@ -1,0 +1,28 @@
+#pragma once
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "kv/kv_format.h"
+
+namespace rotunda::kv {
+
+/// The cache formats by name. Each folder of kv/ adds its own through a register_<folder>(KvRegistry&) that the build finds.
+class KvRegistry {
+ public:
+  /// @throws Error{kBug} for a name taken already.
+  void add(std::unique_ptr<KvFormat> format);
+  /// @throws Error{kUser} listing the names there are.
+  const KvFormat& get(const std::string& name) const;
+  /// In the order of registration.
+  const std::vector<std::unique_ptr<KvFormat>>& all() const { return formats_; }
+
+ private:
+  std::vector<std::unique_ptr<KvFormat>> formats_;
+};
+
+/// All formats of this build.
+const KvRegistry& kv_registry();
+
+}  // namespace rotunda::kv
