@@ -3,10 +3,10 @@
 #include <filesystem>
 #include <map>
 #include <memory>
-#include <nlohmann/json_fwd.hpp>
 #include <string>
 #include <vector>
 
+#include "io/json_file.h"
 #include "io/safetensors.h"
 
 namespace rotunda::io {
@@ -33,8 +33,5 @@ class CheckpointIndex {
   std::vector<std::shared_ptr<const SafetensorsFile>> shards_;
   std::map<std::string, size_t> shard_of_;
 };
-
-/// Reads a JSON file. @throws Error{kWorld} if it cannot be read, Error{kUser} with file and place where it is not JSON.
-nlohmann::json read_json(const std::filesystem::path& path);
 
 }  // namespace rotunda::io
