@@ -6,6 +6,7 @@
 #include <nlohmann/json.hpp>
 
 #include "base/check.h"
+#include "io/message.h"
 
 namespace rotunda::io {
 
@@ -35,20 +36,12 @@ void check_depth(std::string_view text, const std::string& origin) {
     } else if (c == '"') {
       in_string = true;
     } else if (c == '[' || c == '{') {
-      ROTUNDA_CHECK(++depth <= kMaxJsonDepth, origin, ":", place(text, i), ": nested deeper than ", kMaxJsonDepth, " levels");
+      ROTUNDA_CHECK(++depth <= kMaxJsonDepth, origin, ":", place(text, i), ": nested deeper than ", kMaxJsonDepth,
+                    " levels");
     } else if (c == ']' || c == '}') {
       --depth;
     }
   }
-}
-
-// What the library says is "[json.exception.parse_error.101] parse error at line 1, column 2: <detail>"; it holds its own
-// line breaks only escaped.
-std::string detail_of(const nlohmann::json::exception& error) {
-  const std::string text = error.what();
-  const size_t column = text.find("column");
-  const size_t colon = column == std::string::npos ? std::string::npos : text.find(": ", column);
-  return colon == std::string::npos ? text : text.substr(colon + 2);
 }
 
 }  // namespace
@@ -61,9 +54,10 @@ nlohmann::json parse_json(std::string_view text, const std::string& origin) {
   try {
     return nlohmann::json::parse(text.begin(), text.end());
   } catch (const nlohmann::json::parse_error& error) {
-    throw_user_error(concat(origin, ":", place(text, error.byte == 0 ? 0 : error.byte - 1), ": not JSON: ", detail_of(error)));
+    throw_user_error(concat(origin, ":", place(text, error.byte == 0 ? 0 : error.byte - 1),
+                            ": not JSON: ", json_error_detail(error.what())));
   } catch (const nlohmann::json::exception& error) {  // a number beyond double
-    throw_user_error(concat(origin, ": not JSON: ", detail_of(error)));
+    throw_user_error(concat(origin, ": not JSON: ", json_error_detail(error.what())));
   }
 }
 
