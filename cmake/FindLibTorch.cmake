@@ -29,13 +29,23 @@ find_package_handle_standard_args(LibTorch
   REASON_FAILURE_MESSAGE "run `make setup` first, or set ROTUNDA_TORCH_DIR")
 
 if(LibTorch_FOUND AND NOT TARGET torch::cpu)
+  # The wheel's include folder also carries fmt and protobuf, in versions other than the system's: on the include path they
+  # would stand in front of those that spdlog and SentencePiece were built with. So: a folder of links to the rest.
+  set(_torch_include_dir "${CMAKE_BINARY_DIR}/libtorch-include")
+  file(REMOVE_RECURSE "${_torch_include_dir}")
+  file(MAKE_DIRECTORY "${_torch_include_dir}")
+  file(GLOB _torch_headers RELATIVE "${LibTorch_INCLUDE_DIR}" "${LibTorch_INCLUDE_DIR}/*")
+  list(REMOVE_ITEM _torch_headers fmt google)
+  foreach(_entry IN LISTS _torch_headers)
+    file(CREATE_LINK "${LibTorch_INCLUDE_DIR}/${_entry}" "${_torch_include_dir}/${_entry}" SYMBOLIC)
+  endforeach()
   add_library(torch::c10 SHARED IMPORTED)
   set_target_properties(torch::c10 PROPERTIES IMPORTED_LOCATION "${LibTorch_C10_LIBRARY}")
-  target_include_directories(torch::c10 SYSTEM INTERFACE "${LibTorch_INCLUDE_DIR}")
+  target_include_directories(torch::c10 SYSTEM INTERFACE "${_torch_include_dir}")
   add_library(torch::cpu SHARED IMPORTED)
   set_target_properties(torch::cpu PROPERTIES IMPORTED_LOCATION "${LibTorch_CPU_LIBRARY}")
   target_include_directories(torch::cpu SYSTEM INTERFACE
-    "${LibTorch_INCLUDE_DIR}" "${LibTorch_INCLUDE_DIR}/torch/csrc/api/include")
+    "${_torch_include_dir}" "${_torch_include_dir}/torch/csrc/api/include")
   # AT_PARALLEL_OPENMP is how the wheel is built: at::parallel_for in our sources runs on the same pool.
   # libtorch_cpu brings its own libgomp; linking another would start a second pool.
   target_link_libraries(torch::cpu INTERFACE torch::c10 Threads::Threads)
