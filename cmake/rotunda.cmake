@@ -160,6 +160,7 @@ function(rotunda_check_headers_self_contained)
   endforeach()
   add_library(headers_self_contained OBJECT ${sources})
   _rotunda_configure(headers_self_contained)
+  target_include_directories(headers_self_contained PRIVATE "${CMAKE_BINARY_DIR}/generated")
   target_link_libraries(headers_self_contained PRIVATE ${ARG_LINK})
 endfunction()
 
