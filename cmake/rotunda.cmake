@@ -3,7 +3,7 @@
 set(ROTUNDA_WARNINGS -Wall -Wextra -Werror)
 if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
   # GCC 12 and 13 warn without reason about "text" + std::string (GCC bug 105651).
-  list(APPEND ROTUNDA_WARNINGS -Wno-restrict)
+  list(APPEND ROTUNDA_WARNINGS -Wno-restrict -Wno-stringop-overflow)
 endif()
 
 function(_rotunda_configure target)

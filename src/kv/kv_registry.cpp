@@ -1,7 +1,7 @@
 #include "kv/kv_registry.h"
 
 #include "base/check.h"
-#include "generated/kv_formats.h"
+#include "kv_formats.h"
 
 namespace rotunda::kv {
 
