@@ -22,8 +22,8 @@ struct Item {
 std::string target_text(const JsonlLine& line) {
   const std::string answer = line.text("answer");
   ROTUNDA_CHECK(!answer.empty(), line.where(), ": 'answer' is empty");
-  if (!line.has("solution")) return " " + answer;
-  return " " + line.text("solution") + " The answer is " + answer + ".";
+  if (!line.has("solution")) return concat(" ", answer);
+  return concat(" ", line.text("solution"), " The answer is ", answer, ".");
 }
 
 Item make_item(const Session& session, const JsonlLine& line) {
