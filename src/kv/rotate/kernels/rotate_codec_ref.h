@@ -144,6 +144,12 @@ inline bool rotate_store_ref(const RotateStoreParams& p) {
   const int channels = l.kv_channels();
   for (int i = 0; i < p.n_tokens; ++i) {
     const int64_t token = int64_t{p.block} * kTokenBlock + p.first + i;
+    // Bits of no channel (3 bits, an odd number of 16 channels) are 0.
+    for (int group = 0; group < l.n_rotation_groups(); ++group) {
+      for (int w = 0; w < l.key_words(); ++w) {
+        std::memset(p.page + (((int64_t{group} * l.blocks_per_page + p.block) * l.key_words() + w) * kTokenBlock + token % kTokenBlock) * 4, 0, 4);
+      }
+    }
     for (const bool keys : {true, false}) {
       const float* const x = (keys ? p.key : p.value) + i * p.row_stride;
       std::vector<std::vector<float>> members(l.n_quant_groups());
