@@ -65,8 +65,9 @@ void read_added_decoder(const JsonRef& json, std::vector<AddedToken>& out) {
 
 }  // namespace
 
-HfConfig read_hf_config(const fs::path& model_dir) {
+HfConfig read_hf_config(const fs::path& model_dir, const std::string& default_class) {
   HfConfig config;
+  config.tokenizer_class = default_class;
   std::vector<std::pair<std::string, AddedToken>> roles;
   std::vector<AddedToken> additional;
   bool has_added_decoder = false;
@@ -75,7 +76,7 @@ HfConfig read_hf_config(const fs::path& model_dir) {
   const auto main = parse_if_there(config_path);
   if (main) {
     const JsonRef root(*main, config_path.string() + ":");
-    config.tokenizer_class = root.string_or("tokenizer_class", "");
+    config.tokenizer_class = root.string_or("tokenizer_class", default_class);
     if (config.tokenizer_class.ends_with("Fast")) config.tokenizer_class.resize(config.tokenizer_class.size() - 4);
     const auto read_flag = [&](const char* key) {
       return root.has(key) ? std::optional<bool>(root.at(key).as_bool()) : std::nullopt;

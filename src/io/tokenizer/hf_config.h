@@ -29,8 +29,9 @@ struct HfConfig {
   bool is_llama() const { return tokenizer_class == "LlamaTokenizer" || tokenizer_class == "CodeLlamaTokenizer"; }
 };
 
+/// @param default_class the tokenizer_class where no file names one
 /// @throws Error{kUser} naming file and part where a file is damaged.
-HfConfig read_hf_config(const std::filesystem::path& model_dir);
+HfConfig read_hf_config(const std::filesystem::path& model_dir, const std::string& default_class);
 
 /// The clean-up that transformers applies to decoded English where clean_up_tokenization_spaces is set.
 std::string clean_up_spaces(std::string text);

@@ -18,12 +18,13 @@ constexpr uint32_t kHeapLimitKib = 512 * 1024;
 constexpr size_t kJitStackBytes = size_t{64} << 20;  // reserved, not touched, until a pattern needs it
 constexpr size_t kMaxPatternBytes = 64 * 1024;
 
-// Members of the classes as Oniguruma has them. PCRE2's own differ: its \s takes in U+180E, its \w has no marks.
+// Members of the classes as Oniguruma has them (tried out over all of Unicode). PCRE2's own differ: its \s takes in
+// U+180E, its \w has no marks. The superscripts and fractions of Latin-1 count as words there, the others do not.
 constexpr std::string_view kSpaceMembers =
     R"(\x{9}-\x{d}\x{20}\x{85}\x{a0}\x{1680}\x{2000}-\x{200a}\x{2028}\x{2029}\x{202f}\x{205f}\x{3000})";
 constexpr std::string_view kNotSpaceMembers =
     R"(\x{0}-\x{8}\x{e}-\x{1f}\x{21}-\x{84}\x{86}-\x{9f}\x{a1}-\x{167f}\x{1681}-\x{1fff}\x{200b}-\x{2027}\x{202a}-\x{202e}\x{2030}-\x{205e}\x{2060}-\x{2fff}\x{3001}-\x{10ffff})";
-constexpr std::string_view kWordMembers = R"(\p{Alphabetic}\p{M}\p{N}\p{Pc})";
+constexpr std::string_view kWordMembers = R"(\p{Alphabetic}\p{M}\p{Nd}\p{Pc}\x{b2}\x{b3}\x{b9}\x{bc}-\x{be})";
 constexpr std::string_view kHexMembers = "0-9a-fA-F";
 
 class Translator {

@@ -80,7 +80,7 @@ std::unique_ptr<const Tokenizer> load_tokenizer(const std::filesystem::path& mod
   const fs::path model = model_dir / "tokenizer.model";
   const bool has_json = fs::exists(json, error);
   ROTUNDA_CHECK(has_json || fs::exists(model, error), model_dir.string(), ": neither tokenizer.json nor tokenizer.model is there");
-  const tokenizer::HfConfig config = tokenizer::read_hf_config(model_dir);
+  const tokenizer::HfConfig config = tokenizer::read_hf_config(model_dir, has_json ? "" : "LlamaTokenizer");
   return has_json ? tokenizer::load_hf_tokenizer(json, config) : tokenizer::load_sp_tokenizer(model, config);
 }
 
