@@ -65,8 +65,9 @@ RENAME_ROPE = {"llama_rope_parameters"}  # config.json rewritten in the form of 
 SHARDED = {"llama_gqa128_yarn_sharded"}
 
 
-def fp32_logits(model, tokens):
-    model = model.float().eval()
+def fp32_logits(folder, tokens):
+    # Read afresh: a model that was in 16 bits and goes back to fp32 keeps rotary frequencies rounded to 16 bits.
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
     with torch.no_grad():
         return model(tokens[None], use_cache=False).logits[0]
 
@@ -94,12 +95,12 @@ def make_case(index, name):
         old.unlink()
     model.save_pretrained(folder, max_shard_size="50KB" if name in SHARDED else "1GB")
     (folder / "generation_config.json").unlink(missing_ok=True)
+    tokens = torch.randint(0, VOCAB, (SEQ_LEN,))
+    logits = fp32_logits(folder, tokens)
     if name in RENAME_ROPE:
         config_json = json.loads((folder / "config.json").read_text())
         config_json["rope_parameters"] = {"rope_theta": config_json.pop("rope_theta"), **config_json.pop("rope_scaling")}
         (folder / "config.json").write_text(json.dumps(config_json, indent=2) + "\n")
-    tokens = torch.randint(0, VOCAB, (SEQ_LEN,))
-    logits = fp32_logits(model, tokens)
     save_file({"tokens": tokens, "logits": logits.contiguous()}, folder / "golden.safetensors")
     total = sum(f.stat().st_size for f in folder.iterdir())
     print(f"{name}: {total / 1024:.0f} KiB, logits rms {logits.pow(2).mean().sqrt():.3f}")
@@ -148,8 +149,11 @@ and the money was short, so that goods still went by road or by water. The old c
 at sea, was built in the twelfth century and had been burned down twice; its bell was cast in 1652. What the visitors liked
 best, however, was the library, a long room with high windows in which an uncle of the present mayor had collected books on
 navigation, on the tides, and on the history of the coast."""
-PROMPT = """The museum was opened in the spring of 1921 in the rooms of the former town hall. Its collection began with the tools,
-maps and letters that the engineer had left to the city, and it soon grew to include paintings of the river, old coins, and"""
+# Of a handful of prompts the one whose greedy choices are the clearest: the smallest margin decides how far two programs may
+# differ in rounding before they part.
+PROMPT = """A hash table is a data structure that stores pairs of keys and values. To look up a key, the program computes a
+number from it and uses that number as an index into an array of buckets. When two keys fall into the same bucket, this is
+called a collision, and"""
 
 
 def tokenize(text, n):
@@ -187,7 +191,7 @@ def make_shipped():
     model = transformers.AutoModelForCausalLM.from_pretrained(SHIPPED, dtype=torch.float32, attn_implementation="eager").eval()
     tokens = torch.tensor(tokenize(TEXT, 200))
     assert len(tokens) == 200, len(tokens)
-    logits = fp32_logits(model, tokens)
+    logits = fp32_logits(SHIPPED, tokens)
     rows = torch.tensor([0, 1, 63, 128, 199])
     top = torch.topk(logits, 8)
     save_file({"tokens": tokens, "rows": rows, "logits": logits[rows].contiguous(), "top_values": top.values.contiguous(),
