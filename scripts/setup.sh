@@ -24,7 +24,9 @@ log=build/setup.log
 logged() {
   mkdir -p build
   echo "+ $(date '+%F %T') $*" >> "$log"
-  "$@" >> "$log" 2>&1 || { tail -n 15 "$log" >&2; fail "failed: $* (all of its output: $log)"; }
+  local before
+  before=$(wc -l < "$log")
+  "$@" >> "$log" 2>&1 || { tail -n "+$((before + 1))" "$log" | tail -n 8 >&2; fail "failed: $* (all of its output: $log)"; }
 }
 
 # Debian packages ------------------------------------------------------------------------------------------------------

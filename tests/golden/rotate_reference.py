@@ -226,16 +226,17 @@ class FakeQuantAttention(nn.Module):
             keep = index[:, None] - index[None, :] < s.recent
             if s.sinks:
                 keep[:, self.sink_tokens] = True
-            if s.exact == "fp16":
-                k, v = k.half().float(), v.half().float()  # a cache keeps keys before RoPE
         k_rope, v = rope(k), v.transpose(0, 1)
+        if s.method != "exact" and s.exact == "fp16":  # as a cache keeps them: keys after RoPE, values rotated
+            w = hadamard(self.head_dim) if s.method == "rotate" else torch.eye(self.head_dim)
+            k_rope, v = k_rope.half().float(), (v @ w).half().float() @ w
         if s.method != "exact" and s.rope == "post":
             k_hat = self._quantize_keys(k_rope.transpose(0, 1)).transpose(0, 1)
         out = self._attend(q, k_rope, v, k_hat, v_hat, keep)
         y = self.o_proj(out.flatten(1))
         if self.shared.records is not None:
             sinks = [] if self.sink_tokens is None else self.sink_tokens.tolist()
-            self.shared.records[self.layer] = dict(k=k, v=v.transpose(0, 1), k_hat=k_hat, v_hat=v_hat, sinks=sinks, out=y)
+            self.shared.records[self.layer] = dict(k_hat=k_hat, v_hat=v_hat, sinks=sinks, out=y)
         return y[None], None
 
 
@@ -326,3 +327,201 @@ def exact_match(reference, prompt_ids, answer_ids):
     with torch.no_grad():
         best = reference.model.lm_head(hidden).argmax(-1)
     return best.tolist() == answer_ids
+
+
+def task_ids(tokenizer, line):
+    """Prompt and answer ids (no BOS) of one task line. The text is tokenized as a whole; the answer is what follows the prompt.
+
+    Chain of thought (lines with a solution): " {solution} The answer is {answer}", without a final period, which a byte-level
+    BPE would join with the blank line that follows in the model's training text. Retrieval: " {answer}".
+    """
+    solution = f" {line['solution']} The answer is" if "solution" in line else ""
+    prompt_ids = tokenizer.encode(line["prompt"])
+    ids = tokenizer.encode(f"{line['prompt']}{solution} {line['answer']}")
+    if ids[: len(prompt_ids)] != prompt_ids:
+        raise SystemExit(f"task: the prompt's ids are no prefix of the whole text's: {line['prompt'][-40:]!r}")
+    return prompt_ids, ids[len(prompt_ids) :]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Goldens
+
+
+GOLDEN_WINDOW = 2048
+GOLDEN_CALIBRATION_WINDOWS = 4
+GOLDEN_SHORT = 40
+
+
+def golden_variants():
+    """name -> Settings. Metadata and exact tokens in fp16, as a cache keeps them, unless the name ends in fp32."""
+    real = dict(meta="fp16", exact="fp16", zero="int8")
+    out = {"exact": Settings(method="exact")}
+    for bits in (2, 3, 4):
+        for recent in (0, 64):
+            out[f"rotate{bits}-recent{recent}"] = Settings(bits=bits, recent=recent, **real)
+    out["rotate2-sinks0"] = Settings(sinks=0, **real)
+    out["rotate2-recent64-sinks0"] = Settings(sinks=0, recent=64, **real)
+    out["rotate2-clip1"] = Settings(clip=1.0, **real)
+    out["rotate2-minimum"] = Settings(**{**real, "zero": "minimum"})
+    out["rotate2-recent64-minimum"] = Settings(recent=64, **{**real, "zero": "minimum"})
+    # One group of 128 holds every key channel of tiny-gqa, so the order matters only in smaller groups.
+    for reorder in ("layer", "none"):
+        out[f"rotate2-group32-{reorder}"] = Settings(group=32, reorder=reorder, **real)
+    # One head per rotation, so that a group-wise order differs from the layer's.
+    for reorder in ("layer", "group"):
+        out[f"rotate2-heads1-group32-{reorder}"] = Settings(group=32, heads=1, reorder=reorder, **real)
+    out["rotate2-fp32"] = Settings()
+    out["rotate2-recent64-fp32"] = Settings(recent=64)
+    return out
+
+
+def rounded(tensor, digits=7):
+    return [float(f"{x:.{digits}g}") for x in tensor.flatten().tolist()]
+
+
+def make_golden(reference, tokenizer, text, calibration_text, progress):
+    """The content of tests/golden/rotate_tiny_gqa.json; the fields are documented in it under "about"."""
+    config = reference.config
+    window = windows_of(tokenizer.encode(text), GOLDEN_WINDOW, config.bos_token_id, 1)[0]
+    calibration = windows_of(
+        tokenizer.encode(calibration_text), config.max_position_embeddings, config.bos_token_id, GOLDEN_CALIBRATION_WINDOWS
+    )
+    tokens = sum(len(ids) for ids in calibration)
+    sums = {}
+    for heads in sorted({1, math.gcd(4, config.num_key_value_heads)}):
+        reference.key_sums_heads = heads
+        reference.calibrate(calibration)
+        sums[heads] = reference.sums
+    variants = {}
+    for name, settings in golden_variants().items():
+        reference.use(settings)
+        resolved = reference.settings
+        reference.sums = sums[resolved.heads]
+        nll = reference.nll(window).double()
+        reference.records = {}
+        reference.hidden(window[:GOLDEN_SHORT])
+        first, last = reference.records[0], reference.records[config.num_hidden_layers - 1]
+        reference.records = None
+        entry = {"settings": dataclasses.asdict(resolved)}
+        entry["mean_nll"] = round(nll.mean().item(), 6)
+        entry["mean_nll_first_256"] = round(nll[:256].mean().item(), 6)
+        entry["short"] = {
+            "nll": rounded(reference.nll(window[:GOLDEN_SHORT])),
+            "layer0_sinks": first["sinks"] if settings.method != "exact" else [],
+            "layer0_out_norm": rounded(first["out"].norm(dim=-1)),
+            "layer0_out_head": [rounded(row[:4]) for row in first["out"]],
+            "last_layer_out_norm": rounded(last["out"].norm(dim=-1)),
+        }
+        if settings.method != "exact":
+            entry["short"]["layer0_k_hat_token39"] = rounded(first["k_hat"][:, -1])
+            entry["short"]["layer0_v_hat_token39"] = rounded(first["v_hat"][:, -1])
+        variants[name] = entry
+        progress(f"{name}: mean nll {entry['mean_nll']}")
+    return {
+        "about": {
+            "window": "ids of the first window of the text: BOS and 2047 tokens; mean_nll is over its last 2047 ids",
+            "calibration": "ids of the calibration windows one after the other, each BOS and trained context - 1 tokens",
+            "key_means": "heads per rotation -> layer -> signed mean of every rotated key channel (before RoPE) over calibration",
+            "perm": "heads per rotation -> layer -> stable argsort of those means; r[perm] is grouped",
+            "settings": "sinks: largest |hidden| entries; recent: query i sees keys j > i - recent exactly; fp16: metadata "
+            "rounded before coding; exact tokens kept as keys after RoPE and rotated values in fp16; group: channels; heads: per key rotation",
+            "short": "the first 40 ids of the window alone: out is the attention block's result after o_proj, per token "
+            "(norm, first four values); k_hat after RoPE and v_hat (rotated back) are the last token's, [kv head][channel]",
+        },
+        "window": window,
+        "calibration": {
+            "windows": len(calibration),
+            "window_len": config.max_position_embeddings,
+            "text_sha256": hashlib.sha256(calibration_text.encode()).hexdigest(),
+            "ids": sum(calibration, []),
+        },
+        "key_means": {str(h): [rounded(row / tokens, 6) for row in s] for h, s in sums.items()},
+        "perm": {str(h): [row.argsort(stable=True).tolist() for row in s] for h, s in sums.items()},
+        "variants": variants,
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
+
+
+def add_settings(parser):
+    parser.add_argument("--method", default="rotate", choices=["exact", "rotate", "rtn"])
+    parser.add_argument("--bits", type=int, default=2)
+    parser.add_argument("--clip", type=float, help="keys and values; default 0.8 at 2 bits, else 1; 1 for rtn")
+    parser.add_argument("--clip-values", type=float)
+    parser.add_argument("--group", type=int, help="channels; default 128, head_dim for rtn")
+    parser.add_argument("--heads", type=int, help="kv heads in one key rotation; default gcd(4, n_kv_heads)")
+    parser.add_argument("--reorder", default="layer", choices=["layer", "group", "none"])
+    parser.add_argument("--zero", default="integer", choices=["integer", "int8", "code", "minimum"])
+    parser.add_argument("--meta", default="fp16", choices=["fp16", "fp32"], help="precision of scale and minimum")
+    parser.add_argument("--exact", default="fp32", choices=["fp16", "fp32"], help="precision of sinks and window")
+    parser.add_argument("--sinks", type=int, default=20, help="largest |hidden| entries of a layer's input")
+    parser.add_argument("--recent", type=int, default=0)
+    parser.add_argument("--rope", default="pre", choices=["pre", "post"], help="quantize keys before or after RoPE")
+    parser.add_argument("--calibration", help="text file; needed unless reorder is none")
+    parser.add_argument("--calibration-windows", type=int, default=16, help="of the trained context")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    ppl = commands.add_parser("ppl", help="perplexity over non-overlapping windows")
+    task = commands.add_parser("task", help="teacher-forced exact match over JSON lines {prompt, [solution], answer}")
+    golden = commands.add_parser("golden", help="write the goldens of the C++ tests")
+    for command in (ppl, task, golden):
+        command.add_argument("--model", required=True)
+        command.add_argument("--threads", type=int, default=1)
+    ppl.add_argument("--text", required=True)
+    ppl.add_argument("--windows", type=int, default=24)
+    ppl.add_argument("--window-len", type=int, help="default: the trained context")
+    add_settings(ppl)
+    task.add_argument("--jsonl", required=True)
+    task.add_argument("--lines", type=int, default=100)
+    add_settings(task)
+    golden.add_argument("--text", required=True)
+    golden.add_argument("--calibration", required=True)
+    golden.add_argument("--out", required=True)
+    args = parser.parse_args()
+
+    torch.set_num_threads(args.threads)
+    reference, tokenizer = Reference(args.model), Tokenizer(args.model)
+    bos, context = reference.config.bos_token_id, reference.config.max_position_embeddings
+    start = time.time()
+    progress = lambda line: print(f"{time.time() - start:6.0f} s  {line}", file=sys.stderr, flush=True)
+
+    if args.command == "golden":
+        result = make_golden(reference, tokenizer, read_text(args.text), read_text(args.calibration), progress)
+        text = json.dumps(result, separators=(",", ":"))
+        pathlib.Path(args.out).write_text(text + "\n")
+        return
+
+    settings = Settings(**{f.name: getattr(args, f.name) for f in dataclasses.fields(Settings)})
+    reference.use(settings)
+    if settings.method == "rotate" and settings.reorder != "none":
+        if not args.calibration:
+            parser.error(f"--reorder {settings.reorder} needs --calibration")
+        reference.key_sums_heads = reference.settings.heads
+        ids = tokenizer.encode(read_text(args.calibration))
+        windows = windows_of(ids, context, bos, args.calibration_windows)
+        if not windows:
+            parser.error(f"--calibration: got {len(ids)} tokens, expected at least {context - 1}")
+        reference.calibrate(windows)
+    result = {"settings": dataclasses.asdict(reference.settings)}
+    if args.command == "ppl":
+        windows = windows_of(tokenizer.encode(read_text(args.text)), args.window_len or context, bos, args.windows)
+        value, running = perplexity(reference, windows, lambda i, p: progress(f"window {i + 1}: ppl so far {p:.4f}"))
+        result |= {"windows": len(windows), "ppl": value, "running_ppl": running}
+    else:
+        lines = [json.loads(line) for line in read_text(args.jsonl).splitlines()[: args.lines]]
+        right = 0
+        for i, line in enumerate(lines):
+            prompt_ids, answer_ids = task_ids(tokenizer, line)
+            right += exact_match(reference, [bos] + prompt_ids, answer_ids)
+            progress(f"line {i + 1}: {right} right")
+        result |= {"lines": len(lines), "exact_match": right / len(lines)}
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -52,7 +52,7 @@ Tokens decode_byte_fallback(Tokens tokens) {
 }
 
 TokenDecoder metaspace(std::string replacement, bool drop_first) {
-  return [replacement = std::move(replacement), find = find_text(replacement), drop_first](Tokens tokens) {
+  return [find = find_text(std::move(replacement)), drop_first](Tokens tokens) {
     for (size_t i = 0; i < tokens.size(); ++i) {
       std::string out;
       for (const Span& span : find(tokens[i])) {

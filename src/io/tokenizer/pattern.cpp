@@ -1,10 +1,12 @@
 #include "io/tokenizer/pattern.h"
 
+#include "base/check.h"
 #include "io/tokenizer/utf8.h"
 
 namespace rotunda::io::tokenizer {
 
 Finder find_text(std::string wanted) {
+  ROTUNDA_ASSERT(!wanted.empty());
   return [wanted = std::move(wanted)](std::string_view text) {
     std::vector<Span> spans;
     size_t covered = 0;

@@ -23,7 +23,7 @@ constexpr std::string_view kSpaceMembers =
     R"(\x{9}-\x{d}\x{20}\x{85}\x{a0}\x{1680}\x{2000}-\x{200a}\x{2028}\x{2029}\x{202f}\x{205f}\x{3000})";
 constexpr std::string_view kNotSpaceMembers =
     R"(\x{0}-\x{8}\x{e}-\x{1f}\x{21}-\x{84}\x{86}-\x{9f}\x{a1}-\x{167f}\x{1681}-\x{1fff}\x{200b}-\x{2027}\x{202a}-\x{202e}\x{2030}-\x{205e}\x{2060}-\x{2fff}\x{3001}-\x{10ffff})";
-constexpr std::string_view kWordMembers = R"(\p{Alphabetic}\p{M}\p{Nd}\p{Pc})";
+constexpr std::string_view kWordMembers = R"(\p{Alphabetic}\p{M}\p{N}\p{Pc})";
 constexpr std::string_view kHexMembers = "0-9a-fA-F";
 
 class Translator {
@@ -206,6 +206,11 @@ class Translator {
     }
     size_t size = 1;
     if (static_cast<unsigned char>(e) >= 0x80) size = code_point_at(in_, pos_ + 1).size_bytes;
+    if ((e == 'p' || e == 'P' || e == 'x') && peek(2) == '{') {  // these braces are no interval
+      const size_t close = in_.find('}', pos_);
+      if (close == std::string_view::npos) fail(std::string("\\") + e + "{ without }");
+      size = close - pos_;
+    }
     out_ += in_.substr(pos_, 1 + size);
     pos_ += 1 + size;
   }

@@ -60,7 +60,7 @@ class Exact final : public PagedCacheExtra {
 void Exact::export_to(ops::TensorBundle& bundle) const {
   bundle.tensors["window_rope_lens"] = at::tensor(rope_lens_, at::kLong);
   for (size_t layer = 0; layer < windows_.size(); ++layer) {
-    const std::string suffix = "." + std::to_string(layer);
+    const std::string suffix = concat(".", layer);
     bundle.tensors["window" + suffix] = windows_[layer].export_bytes();
     const LayerSinks& sinks = sinks_[layer];
     bundle.tensors["sink_slots" + suffix] = at::tensor(sinks.slots(), at::kLong);
@@ -83,7 +83,7 @@ void Exact::import_from(const ops::TensorBundle& bundle, int64_t kv_len) {
   };
   rope_lens_ = longs("window_rope_lens", static_cast<int64_t>(rope_lens_.size()));
   for (size_t layer = 0; layer < windows_.size(); ++layer) {
-    const std::string suffix = "." + std::to_string(layer);
+    const std::string suffix = concat(".", layer);
     windows_[layer].import_bytes(bundle.get("window" + suffix, at::kByte, {windows_[layer].bytes()}));
     const std::vector<int64_t> slots = longs("sink_slots" + suffix, -1);
     const at::Tensor magnitudes = bundle.get("sink_magnitudes" + suffix, at::kFloat, {-1}).contiguous();

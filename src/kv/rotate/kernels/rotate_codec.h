@@ -19,9 +19,10 @@ struct RotateLayer {
 
 /// Quantizes up to 16 consecutive tokens that lie in one block.
 /// Quantizer, per token and group: hi = clip * max, lo = clip * min, s = fp16((hi - lo) / (2^bits - 1));
-///   kCode: z = round(-lo / s), q = clamp(round(x / s) + z, 0, 2^bits - 1); where |z| would pass 127, s grows until it does not;
+///   kCode: z = round(-lo / s), q = clamp(round(x / s) + z, 0, 2^bits - 1); where |z| would pass 127, s grows until it does not:
+///     s = fp16(|lo| / 127), one fp16 step more if rounding took it down too far;
 ///   kMinimum: q = clamp(round((x - fp16(lo)) / s), 0, 2^bits - 1).
-/// Rounding is to nearest even. A constant group decodes to its value (to fp16 rounding): kCode stores s = x, z = 0, q = 1; kMinimum s = 0, lo = x.
+/// A range too narrow for fp16 takes the smallest s above 0, 2^-24. Steps are fp32, rounding is to nearest even. A constant group decodes to its value (to fp16 rounding): kCode stores s = x, z = 0, q = 1; kMinimum s = 0, lo = x.
 struct RotateStoreParams {
   const RotateLayer* layer;
   const float* key;    ///< [n_tokens][kv_channels] rotated (r = k W_G), unpermuted, row_stride in elements

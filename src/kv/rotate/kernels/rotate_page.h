@@ -26,7 +26,7 @@ enum class ZeroPoint : uint8_t {
 ///   key_codes   [n_rotation_groups][blocks][key_words][16] uint32: word w of a token
 ///                 2 bits: channels 16w .. 16w+15, channel 16w+j at bits 2j; 4 bits: channels 8w .. 8w+7, channel 8w+j at bits 4j
 ///                 3 bits: first the 2 low bits of all channels as in the 2-bit layout (group_channels / 16 words), then the high
-///                 bit: channels 32w .. 32w+31, channel 32w+j at bit j (ceil(group_channels / 32) words)
+///                 bit: channels 32w .. 32w+31, channel 32w+j at bit j (ceil(group_channels / 32) words); bits of no channel are 0
 ///   key_scale   [blocks][n_key_groups][16] fp16
 ///   key_zero    [blocks][n_key_groups][16] int8 or fp16 (ZeroPoint)
 ///   value_codes [n_kv_heads][tokens][value_row_bytes]: uint32 words little-endian
