@@ -23,18 +23,24 @@ std::string target_text(const JsonlLine& line) {
   const std::string answer = line.text("answer");
   ROTUNDA_CHECK(!answer.empty(), line.where(), ": 'answer' is empty");
   if (!line.has("solution")) return concat(" ", answer);
-  return concat(" ", line.text("solution"), " The answer is ", answer, ".");
+  // No period behind the answer: it merges with what follows in many vocabularies, and a text that ends there is unusual.
+  return concat(" ", line.text("solution"), " The answer is ", answer);
 }
 
 Item make_item(const Session& session, const JsonlLine& line) {
+  const std::string prompt = line.text("prompt");
+  // Together, because tokenizers may treat the start of a text as the start of a word.
   Item item;
-  if (const auto bos = session.bos_id()) item.ids.push_back(*bos);
-  const auto prompt = session.tokenizer->encode(line.text("prompt"), /*add_special=*/false);
-  const auto target = session.tokenizer->encode(target_text(line), /*add_special=*/false);
-  item.ids.insert(item.ids.end(), prompt.begin(), prompt.end());
-  item.prompt_len = item.ids.size();
+  item.ids = session.tokenizer->encode(prompt + target_text(line), /*add_special=*/false);
+  const auto prompt_ids = session.tokenizer->encode(prompt, /*add_special=*/false);
+  item.prompt_len = static_cast<size_t>(std::mismatch(prompt_ids.begin(), prompt_ids.end(), item.ids.begin(), item.ids.end()).first -
+                                        prompt_ids.begin());
+  if (const auto bos = session.bos_id()) {
+    item.ids.insert(item.ids.begin(), *bos);
+    ++item.prompt_len;
+  }
   ROTUNDA_CHECK(item.prompt_len > 0, line.where(), ": 'prompt' has no tokens");
-  item.ids.insert(item.ids.end(), target.begin(), target.end());
+  ROTUNDA_CHECK(item.prompt_len < item.ids.size(), line.where(), ": 'answer' has no tokens");
   return item;
 }
 
