@@ -1,6 +1,6 @@
 // The program `rotunda`: reads the command line, calls the engine, prints.
 
-#include <c10/core/InferenceMode.h>
+#include <c10/core/GradMode.h>
 #include <c10/util/Exception.h>
 #include <spdlog/sinks/stdout_sinks.h>
 #include <spdlog/spdlog.h>
@@ -78,7 +78,8 @@ int run_program(int argc, char** argv) {
     if (error.get_exit_code() == 0) return app.exit(error);  // --help, --version
     return fail(kExitUser, std::string(error.what()) + " (see --help)");
   }
-  const c10::InferenceMode no_autograd;
+  // Not InferenceMode: threads of the pool, which load weights too, would stand outside of it.
+  const c10::AutoGradMode no_autograd(false);
   return run();
 }
 
