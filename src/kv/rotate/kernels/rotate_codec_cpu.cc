@@ -352,6 +352,31 @@ HWY_INLINE const uint32_t* BlockWords(const RotatePageLayout& l, const std::byte
   return reinterpret_cast<const uint32_t*>(page) + (int64_t{group} * l.blocks_per_page + block) * l.key_words() * kTokenBlock;
 }
 
+HWY_INLINE void PrefetchBytes(const std::byte* at, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) hwy::Prefetch(at + i);
+}
+
+/// Asks for what the keys of a block will need. Codes, scales and zeros lie in three places of a page and pages anywhere: the
+/// processor's own prefetcher begins anew with each of them.
+HWY_INLINE void PrefetchKeys(const RotatePageLayout& l, const std::byte* page, int group, int block) {
+  const int64_t meta = int64_t{block} * l.n_quant_groups() * kTokenBlock;
+  PrefetchBytes(reinterpret_cast<const std::byte*>(BlockWords(l, page, group, block)), int64_t{l.key_words()} * kTokenBlock * 4);
+  PrefetchBytes(page + l.key_scale_offset() + meta * 2, int64_t{l.n_quant_groups()} * kTokenBlock * 2);
+  PrefetchBytes(page + l.key_zero_offset() + meta * l.zero_bytes(), int64_t{l.n_quant_groups()} * kTokenBlock * l.zero_bytes());
+}
+
+/// The same for the values of a block.
+HWY_INLINE void PrefetchValues(const RotatePageLayout& l, const std::byte* page, int group, int block) {
+  const int64_t meta = int64_t{block} * l.n_quant_groups() * kTokenBlock;
+  const int64_t bytes = int64_t{kTokenBlock} * l.value_row_bytes();
+  for (int h = 0; h < l.heads_per_group; ++h) {
+    const int64_t head = int64_t{group} * l.heads_per_group + h;
+    PrefetchBytes(page + l.value_codes_offset() + (head * l.blocks_per_page + block) * bytes, bytes);
+  }
+  PrefetchBytes(page + l.value_scale_offset() + meta * 2, int64_t{l.n_quant_groups()} * kTokenBlock * 2);
+  PrefetchBytes(page + l.value_zero_offset() + meta * l.zero_bytes(), int64_t{l.n_quant_groups()} * kTokenBlock * l.zero_bytes());
+}
+
 /// Whether the transform ends in a pass over half heads.
 HWY_INLINE bool Fused(const RotateLayer& layer) {
   const RotatePageLayout& l = layer.layout;
@@ -661,6 +686,8 @@ void Decode(const RotateDecodeParams& p) {
     }
     for (int block = 0; block < l.blocks_per_page; ++block) {
       if (masks[block] != 0) {
+        PrefetchValues(l, page, p.rotation_group, block);
+        if (block + 1 < l.blocks_per_page && masks[block + 1] != 0) PrefetchKeys(l, page, p.rotation_group, block + 1);
         BlockScores<kBits>(p, work, fused, page, block, masks[block]);
         continue;
       }
@@ -669,6 +696,7 @@ void Decode(const RotateDecodeParams& p) {
         for (int lane = 0; lane < kTokenBlock; lane += kLanes) hn::Store(none, d, to + lane);
       }
     }
+    if (index + 1 < p.run.n_pages && masks[l.blocks_per_page] != 0) PrefetchKeys(l, p.run.pages[index + 1], p.rotation_group, 0);
     for (int h = 0; h < n_q; ++h) {
       SoftmaxStep(work.scores + h * tokens, static_cast<int>(tokens), p.state.max + h, p.state.sum + h, p.state.acc + int64_t{h} * head_dim,
                   head_dim);
