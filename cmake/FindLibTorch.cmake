@@ -20,24 +20,38 @@ endif()
 
 find_library(LibTorch_CPU_LIBRARY torch_cpu PATHS "${_torch_dir}/lib" NO_DEFAULT_PATH)
 find_library(LibTorch_C10_LIBRARY c10 PATHS "${_torch_dir}/lib" NO_DEFAULT_PATH)
+find_file(LibTorch_GOMP_LIBRARY libgomp.so.1 PATHS "${_torch_dir}/lib" NO_DEFAULT_PATH)
 find_path(LibTorch_INCLUDE_DIR ATen/core/TensorBody.h PATHS "${_torch_dir}/include" NO_DEFAULT_PATH)
 
 include(FindPackageHandleStandardArgs)
 find_package_handle_standard_args(LibTorch
-  REQUIRED_VARS LibTorch_CPU_LIBRARY LibTorch_C10_LIBRARY LibTorch_INCLUDE_DIR
+  REQUIRED_VARS LibTorch_CPU_LIBRARY LibTorch_C10_LIBRARY LibTorch_GOMP_LIBRARY LibTorch_INCLUDE_DIR
   VERSION_VAR LibTorch_VERSION
   REASON_FAILURE_MESSAGE "run `make setup` first, or set ROTUNDA_TORCH_DIR")
 
 if(LibTorch_FOUND AND NOT TARGET torch::cpu)
+  # The wheel's include folder also carries fmt and protobuf, in versions other than the system's: on the include path they
+  # would stand in front of those that spdlog and SentencePiece were built with. So: a folder of links to the rest.
+  set(_torch_include_dir "${CMAKE_BINARY_DIR}/libtorch-include")
+  file(REMOVE_RECURSE "${_torch_include_dir}")
+  file(MAKE_DIRECTORY "${_torch_include_dir}")
+  file(GLOB _torch_headers RELATIVE "${LibTorch_INCLUDE_DIR}" "${LibTorch_INCLUDE_DIR}/*")
+  list(REMOVE_ITEM _torch_headers fmt google)
+  foreach(_entry IN LISTS _torch_headers)
+    file(CREATE_LINK "${LibTorch_INCLUDE_DIR}/${_entry}" "${_torch_include_dir}/${_entry}" SYMBOLIC)
+  endforeach()
   add_library(torch::c10 SHARED IMPORTED)
   set_target_properties(torch::c10 PROPERTIES IMPORTED_LOCATION "${LibTorch_C10_LIBRARY}")
-  target_include_directories(torch::c10 SYSTEM INTERFACE "${LibTorch_INCLUDE_DIR}")
+  target_include_directories(torch::c10 SYSTEM INTERFACE "${_torch_include_dir}")
   add_library(torch::cpu SHARED IMPORTED)
   set_target_properties(torch::cpu PROPERTIES IMPORTED_LOCATION "${LibTorch_CPU_LIBRARY}")
   target_include_directories(torch::cpu SYSTEM INTERFACE
-    "${LibTorch_INCLUDE_DIR}" "${LibTorch_INCLUDE_DIR}/torch/csrc/api/include")
-  # AT_PARALLEL_OPENMP is how the wheel is built: at::parallel_for in our sources runs on the same pool.
-  # libtorch_cpu brings its own libgomp; linking another would start a second pool.
-  target_link_libraries(torch::cpu INTERFACE torch::c10 Threads::Threads)
+    "${_torch_include_dir}" "${_torch_include_dir}/torch/csrc/api/include")
+  # at::parallel_for is a header: it runs on threads only in sources compiled with OpenMP. The pool is that of the wheel's own
+  # libgomp, named here as a file, since a second libgomp beside it would be a second pool. (Clang's OpenMP is another
+  # library; clang builds the fuzzers alone, which may be serial.)
+  target_compile_options(torch::cpu INTERFACE $<$<CXX_COMPILER_ID:GNU>:-fopenmp>)
+  target_link_libraries(torch::cpu INTERFACE torch::c10 Threads::Threads
+    $<$<CXX_COMPILER_ID:GNU>:${LibTorch_GOMP_LIBRARY}>)
 endif()
-mark_as_advanced(LibTorch_CPU_LIBRARY LibTorch_C10_LIBRARY LibTorch_INCLUDE_DIR)
+mark_as_advanced(LibTorch_CPU_LIBRARY LibTorch_C10_LIBRARY LibTorch_GOMP_LIBRARY LibTorch_INCLUDE_DIR)

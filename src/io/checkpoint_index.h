@@ -3,10 +3,10 @@
 #include <filesystem>
 #include <map>
 #include <memory>
-#include <nlohmann/json_fwd.hpp>
 #include <string>
 #include <vector>
 
+#include "io/json_file.h"
 #include "io/safetensors.h"
 
 namespace rotunda::io {
@@ -14,7 +14,9 @@ namespace rotunda::io {
 /// The weights of a Hugging Face folder: `model.safetensors`, or the shards that `model.safetensors.index.json` lists.
 class CheckpointIndex {
  public:
-  /// Opens every shard (in parallel). @throws Error{kUser} for a missing shard, a tensor that its shard lacks, a name in two shards.
+  /// Opens every shard (in parallel). Where both are there, the single file counts, as in transformers.
+  /// @throws Error{kUser} for a missing shard, a tensor that its shard lacks, a name in two shards, a folder without
+  /// weights; and as SafetensorsFile::open and read_json.
   static CheckpointIndex open(const std::filesystem::path& model_dir);
 
   bool contains(const std::string& name) const { return shard_of_.count(name) != 0; }
@@ -24,7 +26,9 @@ class CheckpointIndex {
   const SafetensorsFile::Entry& entry(const std::string& name) const;
   std::vector<std::string> names() const;  ///< sorted
   int64_t total_bytes() const;
-  /// SHA-256 (hex) over every tensor's name, dtype, shape and bytes in the order of names; shards hash in parallel chunks.
+  /// What the weights are, whatever files they are split into: SHA-256 (hex) over one record per tensor, in the order
+  /// of names: name, dtype ("BF16"), number of dimensions, each size, SHA-256 of the tensor's bytes. Texts stand behind
+  /// their length in bytes; lengths, dimensions and sizes are uint64 little-endian. Tensors hash in parallel.
   std::string content_hash() const;
   const std::filesystem::path& model_dir() const { return model_dir_; }
 
@@ -33,8 +37,5 @@ class CheckpointIndex {
   std::vector<std::shared_ptr<const SafetensorsFile>> shards_;
   std::map<std::string, size_t> shard_of_;
 };
-
-/// Reads a JSON file. @throws Error{kWorld} if it cannot be read, Error{kUser} with file and place where it is not JSON.
-nlohmann::json read_json(const std::filesystem::path& path);
 
 }  // namespace rotunda::io

@@ -21,14 +21,17 @@ class SafetensorsFile {
     int64_t end_byte;
   };
 
-  /// Maps the file and checks its header whole: size, JSON, dtypes, shapes against offsets, no overlap, no gap, nothing beyond the end.
+  /// Maps the file and checks its header whole: size, JSON, dtypes, shapes against offsets, no overlap, no gap, nothing
+  /// beyond the end.
   /// @throws Error{kWorld} if it cannot be opened, Error{kUser} naming file, tensor, got and expected otherwise.
   static std::shared_ptr<const SafetensorsFile> open(const std::filesystem::path& path);
 
   const std::filesystem::path& path() const { return path_; }
   const std::map<std::string, Entry>& entries() const { return entries_; }
   const std::map<std::string, std::string>& metadata() const { return metadata_; }
-  /// A view of the mapped bytes, in the dtype of the file; do not write to it. @throws Error{kUser} where it is absent.
+  /// A view of the mapped bytes, in the dtype of the file; do not write to it (the pages are read-only). A tensor whose
+  /// bytes are not aligned to its elements is copied, at every call. @throws Error{kUser} where it is absent, or a BOOL
+  /// is not 0 or 1.
   at::Tensor tensor(const std::string& name) const;
 
   ~SafetensorsFile();
@@ -43,8 +46,10 @@ class SafetensorsFile {
 
 /// Reads the whole file into a bundle (tensors are views of the mapping; `origin` is the path).
 ops::TensorBundle read_bundle(const std::filesystem::path& path);
-/// Writes to a temporary file beside `path`, flushes, renames: a reader sees the old file or the new one, never half of it.
-/// @throws Error{kWorld} with path and reason; then nothing is left behind.
+/// Writes to a temporary file beside `path`, flushes, renames: a reader sees the old file or the new one, never half of
+/// it. Equal bundles give equal bytes. Overwriting the file that a bundle is a view of is fine.
+/// @throws Error{kWorld} with path and reason, Error{kUser} for a tensor that safetensors cannot hold; nothing is left
+/// behind.
 void write_bundle(const std::filesystem::path& path, const ops::TensorBundle& bundle);
 
 }  // namespace rotunda::io

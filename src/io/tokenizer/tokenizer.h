@@ -26,19 +26,23 @@ class Tokenizer {
   virtual std::optional<int64_t> eos_id() const = 0;
 };
 
-/// Streams a growing list of ids as text: holds back bytes that do not end a UTF-8 character yet.
+/// Streams a growing list of ids as text, special tokens left out: holds back bytes that do not end a UTF-8 character
+/// yet, and blanks that a clean-up may still take away. All parts together are decode(ids, true), except that a broken run
+/// of byte tokens keeps the characters that were whole before it broke.
 class StreamDecoder {
  public:
   explicit StreamDecoder(const Tokenizer& tokenizer) : tokenizer_(tokenizer) {}
-  /// The text that `id` adds, complete characters only.
+  /// The text that `id` adds, complete characters only; empty where it has to wait.
   std::string push(int64_t id);
-  /// What is held back, with U+FFFD for an unfinished character.
+  /// What is held back, with U+FFFD for an unfinished character. The decoder is as new afterwards.
   std::string finish();
 
  private:
   const Tokenizer& tokenizer_;
-  std::vector<int64_t> ids_;   // since the last point where the text was cut
-  size_t emitted_bytes_ = 0;
+  std::string advance(std::string_view settled);
+
+  std::vector<int64_t> ids_;  // since the last point where the text was cut
+  std::string shown_;         // what was given out of the text of ids_
 };
 
 /// Loads `tokenizer.json`, or else `tokenizer.model` (with `tokenizer_config.json` beside it for special tokens).

@@ -1,0 +1,99 @@
+#include "app/cli/arguments.h"
+
+#include "app/cli/commands.h"
+#include "app/cli/output.h"
+#include "app/cli/report.h"
+#include "app/cli/table.h"
+#include "base/check.h"
+
+namespace rotunda::cli {
+
+void ModelArguments::add_to(CLI::App& command) {
+  command.add_option("MODEL", model_dir, "Hugging Face model folder")->required();
+  command.add_option("--dtype", dtype, "Arithmetic and weights: fp32 or bf16")->capture_default_str();
+  command.add_option("--threads", threads, "Threads to compute with; 0: one per core")->capture_default_str();
+}
+
+at::ScalarType ModelArguments::scalar_type() const {
+  if (dtype == "fp32") return at::kFloat;
+  ROTUNDA_CHECK(dtype == "bf16", "--dtype: got '", dtype, "', expected fp32 or bf16");
+  return at::kBFloat16;
+}
+
+engine::Session ModelArguments::load(const std::vector<kv::KvSpec>& specs, ProgressPrinter& progress) const {
+  engine::SessionOptions options;
+  options.model_dir = model_dir;
+  options.dtype = scalar_type();
+  options.threads = threads;
+  options.specs = specs;
+  options.progress = progress.callback();
+  engine::Session session = engine::load_session(options);
+  progress.clear();
+  return session;
+}
+
+void EvalArguments::add_to(CLI::App& command, const std::string& default_protocol) {
+  protocol = default_protocol;
+  model.add_to(command);
+  command.add_option("--kv", kv, "Caches to compare: SPEC[,SPEC...], a SPEC being NAME[:KEY=VALUE,...]; see `rotunda formats`")
+      ->type_name("SPECS")
+      ->allow_extra_args(false)
+      ->capture_default_str();
+  command.add_option("--calibration", calibration, "Calibration file, as `rotunda calibrate` writes it");
+  if (!protocol.empty()) {
+    command
+        .add_option("--protocol", protocol,
+                    "quantize-all: every token sees the stored form of all keys and values, its own too; deploy: as "
+                    "generation runs")
+        ->capture_default_str();
+  }
+  command.add_option("--prefill-chunk", prefill_chunk, "Most tokens of a prompt in one step (deploy)")->capture_default_str();
+  command.add_option("--json", json, "Write options, machine and results to this file");
+}
+
+std::vector<kv::KvSpec> EvalArguments::specs() const {
+  std::string text;
+  for (const std::string& part : kv) text += (text.empty() ? "" : ",") + part;
+  return kv::parse_kv_specs(text);
+}
+
+void EvalArguments::fill(engine::EvalOptions& options, ProgressPrinter& progress, engine::StopFlag stop) const {
+  options.specs = specs();
+  if (!protocol.empty()) options.protocol = engine::parse_protocol(protocol);
+  options.calibration_file = optional_path(calibration);
+  options.prefill_chunk = prefill_chunk;
+  options.progress = progress.callback();
+  options.stop = stop;
+  if (!json.empty()) check_writable(json);
+}
+
+int report_accuracy(const engine::AccuracyReport& report, const CLI::App& command, const std::string& json_path) {
+  const bool with_norm = !report.results.empty() && report.results[0].accuracy_norm.has_value();
+  std::vector<std::string> headers = {"kv", "accuracy", "±"};
+  if (with_norm) headers.insert(headers.end(), {"accuracy/byte", "±"});
+  headers.insert(headers.end(), {"items", "bits/element", "largest cache", "tokens/s"});
+  Table table(headers);
+  Json results = Json::array();
+  for (const engine::AccuracyResult& result : report.results) {
+    std::vector<std::string> row = {result.requested.to_string(), fixed(result.accuracy, 4), fixed(result.accuracy_stderr, 4)};
+    if (with_norm) {
+      row.push_back(fixed(result.accuracy_norm.value_or(0.0), 4));
+      row.push_back(fixed(result.accuracy_norm_stderr, 4));
+    }
+    row.insert(row.end(), {std::to_string(result.items), fixed(result.bits_per_element, 2), human_bytes(result.cache_bytes),
+                           fixed(result.tok_s, 1)});
+    table.add_row(row);
+    results.push_back(accuracy_json(result));
+    results.back()["finished"] = report.interrupted ? "interrupted" : "complete";
+  }
+  print(table);
+  write_report(json_path, run_json(command), results);
+  return report.interrupted ? kExitInterrupted : 0;
+}
+
+std::optional<std::filesystem::path> optional_path(const std::string& text) {
+  if (text.empty()) return std::nullopt;
+  return std::filesystem::path(text);
+}
+
+}  // namespace rotunda::cli

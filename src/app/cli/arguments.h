@@ -1,0 +1,48 @@
+#pragma once
+
+#include <CLI/App.hpp>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "app/cli/progress.h"
+#include "engine/evaluation.h"
+#include "engine/session.h"
+
+namespace rotunda::cli {
+
+/// The options that every command with a model has.
+struct ModelArguments {
+  std::string model_dir;
+  std::string dtype = "fp32";
+  int threads = 0;
+
+  void add_to(CLI::App& command);
+  at::ScalarType scalar_type() const;
+  /// Loads the model after checking `specs`. The progress bar is off the screen afterwards.
+  engine::Session load(const std::vector<kv::KvSpec>& specs, ProgressPrinter& progress) const;
+};
+
+/// The options that every evaluation has.
+struct EvalArguments {
+  ModelArguments model;
+  std::vector<std::string> kv = {"bf16"};
+  std::string calibration;
+  std::string protocol;
+  int64_t prefill_chunk = 512;
+  std::string json;
+
+  /// `protocol` is the default, or empty where there is nothing to choose.
+  void add_to(CLI::App& command, const std::string& protocol);
+  /// Checked, and written into the evaluation's own options; reads nothing from disk.
+  void fill(engine::EvalOptions& options, ProgressPrinter& progress, engine::StopFlag stop) const;
+  std::vector<kv::KvSpec> specs() const;
+};
+
+/// Prints the results of an accuracy evaluation and writes its JSON file. @return the exit code
+int report_accuracy(const engine::AccuracyReport& report, const CLI::App& command, const std::string& json_path);
+
+/// "" as nothing.
+std::optional<std::filesystem::path> optional_path(const std::string& text);
+
+}  // namespace rotunda::cli

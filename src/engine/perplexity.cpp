@@ -1,0 +1,209 @@
+#include "engine/perplexity.h"
+
+#include <ATen/ATen.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <span>
+
+#include "base/check.h"
+#include "base/log.h"
+#include "engine/scoring.h"
+#include "engine/step.h"
+
+namespace rotunda::engine {
+
+namespace {
+
+constexpr int64_t kDefaultWindowLen = 4096;
+
+// What one cache gathers over the windows.
+struct Gathered {
+  RunningMean nll;
+  RunningMean kl;
+  RunningMean same_top;
+  UsageTally usage;
+  double seconds = 0.0;
+  int64_t windows = 0;
+};
+
+// Adds the time of its scope to a sum.
+class Timed {
+ public:
+  explicit Timed(double& seconds) : seconds_(seconds) {}
+  ~Timed() { seconds_ += std::chrono::duration<double>(std::chrono::steady_clock::now() - start_).count(); }
+  Timed(const Timed&) = delete;
+  Timed& operator=(const Timed&) = delete;
+
+ private:
+  double& seconds_;
+  std::chrono::steady_clock::time_point start_ = std::chrono::steady_clock::now();
+};
+
+// [window.size(), hidden_size] of a window in a cache of its own.
+at::Tensor run_window(const KvBinding& binding, std::span<const int64_t> window, const EvalOptions& options, Gathered& gathered) {
+  const Timed timed(gathered.seconds);
+  const auto cache = binding.make_cache();
+  const kv::SeqId seq = cache->create();
+  at::Tensor hidden;
+  if (options.protocol == Protocol::kQuantizeAll) {
+    const kv::SeqChunk chunk{.seq = seq, .n_tokens = static_cast<int64_t>(window.size()), .is_prompt = true, .rope_len = 0};
+    hidden = run_step(*binding.model, *cache, {chunk}, window, kv::StepKind::kQuantizeAll, options.stop);
+  } else {
+    hidden = run_prefill(*binding.model, *cache, seq, window, options.prefill_chunk, options.stop);
+  }
+  gathered.usage.add(cache->usage());
+  ++gathered.windows;
+  return hidden;
+}
+
+// Scores one block of rows against targets and, unless it is the reference itself, against the reference.
+void score_block(const at::Tensor& log_probs, const at::Tensor& reference, std::span<const int64_t> targets, Gathered& gathered) {
+  const at::Tensor tops = log_probs.argmax(-1);
+  const int64_t vocab_size = log_probs.size(1);
+  const float* rows = log_probs.const_data_ptr<float>();
+  for (size_t i = 0; i < targets.size(); ++i) {
+    gathered.nll.add(-static_cast<double>(rows[static_cast<int64_t>(i) * vocab_size + targets[i]]));
+  }
+  if (log_probs.is_same(reference)) {
+    for (size_t i = 0; i < targets.size(); ++i) {
+      gathered.kl.add(0.0);
+      gathered.same_top.add(1.0);
+    }
+    return;
+  }
+  const at::Tensor kl = (reference.exp() * (reference - log_probs)).sum(-1, false, at::kDouble).contiguous();
+  const at::Tensor same = reference.argmax(-1).eq(tops).contiguous();
+  for (int64_t i = 0; i < kl.size(0); ++i) {
+    gathered.kl.add(kl.const_data_ptr<double>()[i]);
+    gathered.same_top.add(same.const_data_ptr<bool>()[i] ? 1.0 : 0.0);
+  }
+}
+
+PerplexityResult to_result(const KvBinding& binding, const Gathered& gathered, int64_t tokens_per_window) {
+  PerplexityResult result;
+  result.requested = binding.requested;
+  result.used = binding.used;
+  result.items = gathered.windows;
+  result.tokens = gathered.windows * tokens_per_window;
+  result.bits_per_element = gathered.usage.bits_per_element();
+  result.cache_bytes = gathered.usage.cache_bytes();
+  result.tok_s = gathered.seconds > 0.0 ? static_cast<double>(result.tokens) / gathered.seconds : 0.0;
+  result.ppl = std::exp(gathered.nll.mean());
+  result.ppl_stderr = result.ppl * gathered.nll.standard_error();
+  result.mean_kl = gathered.kl.mean();
+  result.top1_agreement = gathered.same_top.mean();
+  return result;
+}
+
+int64_t checked_window_len(const Session& session, const PerplexityOptions& options) {
+  const int64_t trained = session.model->info().max_position_embeddings;
+  if (!options.window_len) return trained > 0 ? std::min(kDefaultWindowLen, trained) : kDefaultWindowLen;
+  ROTUNDA_CHECK(*options.window_len >= 2, "--window-len: got ", *options.window_len, ", expected 2 or more");
+  if (trained > 0 && *options.window_len > trained) {
+    ROTUNDA_LOG_WARN("windows of {} tokens are longer than the {} that the model was trained for", *options.window_len, trained);
+  }
+  return *options.window_len;
+}
+
+}  // namespace
+
+PerplexityReport evaluate_perplexity(const Session& session, std::string_view text, const PerplexityOptions& options) {
+  PerplexityReport report;
+  report.window_len = checked_window_len(session, options);
+  const auto bos = session.bos_id();
+  const std::vector<int64_t> tokens = session.tokenizer->encode(text, /*add_special=*/false);
+  const int64_t n_tokens = static_cast<int64_t>(tokens.size());
+  ROTUNDA_CHECK(n_tokens >= 2, "the text has ", n_tokens, " tokens, expected 2 or more");
+
+  // BOS takes the first place of a window but not a token of the text.
+  int64_t text_per_window = bos ? report.window_len - 1 : report.window_len;
+  int64_t n_windows = n_tokens / text_per_window;
+  if (n_windows == 0) {
+    n_windows = 1;
+    text_per_window = n_tokens;
+    report.window_len = n_tokens + (bos ? 1 : 0);
+  }
+  if (options.limit > 0) n_windows = std::min(n_windows, options.limit);
+
+  std::vector<KvBinding> bindings = bind_all(session, options);
+  const KvBinding reference = bind_kv(session, kv::parse_kv_spec(kReferenceKv), std::nullopt, options.progress, options.stop);
+  require_memory(reference, {report.window_len});
+  for (const KvBinding& binding : bindings) require_memory(binding, {report.window_len});
+
+  Gathered reference_gathered;
+  std::vector<Gathered> gathered(bindings.size());
+  const int64_t n_runs = n_windows * (static_cast<int64_t>(bindings.size()) + 1);
+  const int64_t vocab_size = session.model->info().vocab_size;
+  const int64_t block_rows = logit_block_rows(vocab_size);
+  int64_t runs_done = 0;
+  const auto tell = [&](const KvBinding& binding) {
+    if (options.progress) options.progress("perplexity, " + binding.requested.to_string(), ++runs_done, n_runs);
+  };
+
+  try {
+    for (int64_t w = 0; w < n_windows; ++w) {
+      std::vector<int64_t> window;
+      if (bos) window.push_back(*bos);
+      window.insert(window.end(), tokens.begin() + w * text_per_window, tokens.begin() + (w + 1) * text_per_window);
+      // The last token is only scored, but it runs too: a cache may look at a whole window, as the reference figures do.
+      const std::span<const int64_t> targets = std::span(window).subspan(1);
+      // A window counts for all caches or for none, so that an interrupted run compares like with like.
+      Gathered reference_next = reference_gathered;
+      std::vector<Gathered> next = gathered;
+
+      const at::Tensor reference_hidden = run_window(reference, window, options, reference_next);
+      tell(reference);
+      std::vector<at::Tensor> hidden(bindings.size());
+      for (size_t b = 0; b < bindings.size(); ++b) {
+        if (bindings[b].used == reference.used) {
+          next[b].usage = reference_next.usage;
+        } else {
+          hidden[b] = run_window(bindings[b], window, options, next[b]);
+        }
+        tell(bindings[b]);
+      }
+      for (int64_t begin = 0; begin < static_cast<int64_t>(targets.size()); begin += block_rows) {
+        if (stop_requested(options.stop)) throw Interrupted();
+        const int64_t n = std::min(block_rows, static_cast<int64_t>(targets.size()) - begin);
+        const auto block_targets = targets.subspan(static_cast<size_t>(begin), static_cast<size_t>(n));
+        at::Tensor reference_probs;
+        {
+          const Timed timed(reference_next.seconds);
+          reference_probs = block_log_probs(*reference.model, reference_hidden, begin, n);  // [n, vocab_size]
+        }
+        score_block(reference_probs, reference_probs, block_targets, reference_next);
+        for (size_t b = 0; b < bindings.size(); ++b) {
+          if (!hidden[b].defined()) continue;
+          at::Tensor probs;
+          {
+            const Timed timed(next[b].seconds);
+            probs = block_log_probs(*bindings[b].model, hidden[b], begin, n);
+          }
+          score_block(probs, reference_probs, block_targets, next[b]);
+        }
+      }
+      for (size_t b = 0; b < bindings.size(); ++b) {
+        if (!hidden[b].defined()) next[b] = reference_next;
+        ROTUNDA_CHECK(std::isfinite(next[b].nll.mean()), "--kv ", bindings[b].requested.to_string(), ": window ", w + 1,
+                      " gives logits that are not finite");
+      }
+      reference_gathered = std::move(reference_next);
+      gathered = std::move(next);
+      report.scored_tokens += static_cast<int64_t>(targets.size());
+    }
+  } catch (const Interrupted&) {
+    if (report.scored_tokens == 0) throw;
+    report.interrupted = true;
+  }
+
+  report.reference = to_result(reference, reference_gathered, report.window_len);
+  for (size_t b = 0; b < bindings.size(); ++b) {
+    report.results.push_back(to_result(bindings[b], gathered[b], report.window_len));
+    report.results.back().ppl_change = report.results.back().ppl / report.reference.ppl - 1.0;
+  }
+  return report;
+}
+
+}  // namespace rotunda::engine

@@ -1,0 +1,72 @@
+#include "kv/rotate/sinks.h"
+
+#include <ATen/ATen.h>
+
+#include <algorithm>
+
+#include "base/check.h"
+
+namespace rotunda::kv::rotate {
+
+bool LayerSinks::would_change(const at::Tensor& hidden) const {
+  if (n_entries_ == 0) return false;
+  if (static_cast<int>(entries_.size()) < n_entries_) return true;
+  return hidden.abs().max().item<float>() > entries_.back().magnitude;
+}
+
+bool LayerSinks::update(const at::Tensor& hidden, int64_t first, const float* key, const float* value) {
+  if (!would_change(hidden)) return false;
+  const at::Tensor magnitude = hidden.abs().to(at::kFloat);
+  // Any of the n largest entries belongs to one of the n tokens with the largest maxima, so only those are searched.
+  const int64_t n_candidates = std::min<int64_t>(n_entries_, magnitude.size(0));
+  const at::Tensor candidates = std::get<1>(magnitude.amax(1).topk(n_candidates));
+  const at::Tensor flat = magnitude.index_select(0, candidates).flatten();
+  const auto [values, indices] = flat.topk(std::min<int64_t>(n_entries_, flat.numel()));
+  for (int64_t i = 0; i < values.numel(); ++i) {
+    const int64_t row = candidates[indices[i].item<int64_t>() / magnitude.size(1)].item<int64_t>();
+    entries_.push_back({values[i].item<float>(), first + row});
+  }
+  std::stable_sort(entries_.begin(), entries_.end(), [](const SinkEntry& a, const SinkEntry& b) { return a.magnitude > b.magnitude; });
+  if (static_cast<int>(entries_.size()) > n_entries_) entries_.resize(n_entries_);
+
+  const std::vector<int64_t> wanted = positions();
+  for (int64_t& slot : slots_)
+    if (slot >= 0 && !std::binary_search(wanted.begin(), wanted.end(), slot)) slot = -1;
+  for (const int64_t position : wanted) {
+    if (position < first || std::find(slots_.begin(), slots_.end(), position) != slots_.end()) continue;
+    auto free = std::find(slots_.begin(), slots_.end(), -1);
+    if (free == slots_.end()) {
+      store_.grow(static_cast<int64_t>(slots_.size()) + 1);
+      slots_.resize(static_cast<size_t>(store_.n_slots()), -1);
+      free = std::find(slots_.begin(), slots_.end(), -1);
+    }
+    const int64_t channels = int64_t{store_.layout().n_kv_heads} * store_.layout().head_dim;
+    const bool finite = store_.write(free - slots_.begin(), key + (position - first) * channels, value + (position - first) * channels);
+    ROTUNDA_CHECK(finite, "kv cache: the key or value of token ", position, " (a sink) is NaN, infinite or beyond fp16");
+    *free = position;
+  }
+  return true;
+}
+
+std::vector<int64_t> LayerSinks::positions() const {
+  std::vector<int64_t> positions;
+  for (const SinkEntry& entry : entries_) positions.push_back(entry.position);
+  std::sort(positions.begin(), positions.end());
+  positions.erase(std::unique(positions.begin(), positions.end()), positions.end());
+  return positions;
+}
+
+void LayerSinks::truncate(int64_t kv_len) {
+  std::erase_if(entries_, [&](const SinkEntry& entry) { return entry.position >= kv_len; });
+  for (int64_t& slot : slots_)
+    if (slot >= kv_len) slot = -1;
+}
+
+void LayerSinks::restore(std::vector<SinkEntry> entries, std::vector<int64_t> slots, const at::Tensor& bytes) {
+  entries_ = std::move(entries);
+  slots_ = std::move(slots);
+  store_.grow(static_cast<int64_t>(slots_.size()));
+  store_.import_bytes(bytes);
+}
+
+}  // namespace rotunda::kv::rotate

@@ -1,0 +1,28 @@
+#include "model/causal_lm.h"
+
+#include "base/check.h"
+#include "model/model_registry.h"
+
+namespace rotunda::model {
+
+namespace {
+
+void check_dtype(at::ScalarType dtype) {
+  ROTUNDA_CHECK(dtype == at::kFloat || dtype == at::kBFloat16, "model dtype ", dtype, ", expected Float or BFloat16");
+}
+
+}  // namespace
+
+CausalLmInfo read_causal_lm_info(const std::string& model_dir, at::ScalarType dtype) {
+  check_dtype(dtype);
+  const ModelFolder folder = ModelFolder::open(model_dir);
+  return model_registry().get(folder.config).read_info(folder, dtype);
+}
+
+std::shared_ptr<const CausalLm> load_causal_lm(const std::string& model_dir, const CausalLmOptions& options) {
+  check_dtype(options.dtype);
+  const ModelFolder folder = ModelFolder::open(model_dir);
+  return model_registry().get(folder.config).load(folder, options);
+}
+
+}  // namespace rotunda::model

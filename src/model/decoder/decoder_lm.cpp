@@ -1,0 +1,303 @@
+#include "model/decoder/decoder_lm.h"
+
+#include <ATen/ATen.h>
+#include <c10/core/InferenceMode.h>
+
+#include <algorithm>
+#include <array>
+#include <mutex>
+#include <set>
+#include <utility>
+
+#include "base/check.h"
+#include "base/log.h"
+#include "io/checkpoint_index.h"
+#include "model/nn/linear.h"
+#include "model/nn/mlp.h"
+#include "model/nn/rms_norm.h"
+#include "model/weight_loader.h"
+
+namespace rotunda::model {
+
+namespace {
+
+struct DecoderLayer {
+  at::Tensor attention_norm;   // [hidden_size]
+  nn::LinearStack qkv;
+  at::Tensor q_norm, k_norm;   // [head_dim], or undefined
+  at::Tensor o_weight, o_bias; // [hidden_size, n_heads * head_dim], [hidden_size] or undefined
+  at::Tensor mlp_norm;         // [hidden_size]
+  nn::SwigluMlp mlp;
+};
+
+// The files behind a model and behind its fused forms: the originals of what a format fuses, and the hash.
+struct Checkpoint {
+  explicit Checkpoint(const std::filesystem::path& dir) : index(io::CheckpointIndex::open(dir)) {}
+  const io::CheckpointIndex index;
+  std::once_flag hash_once;
+  std::string hash;
+};
+
+struct DecoderWeights {
+  at::Tensor embedding;   // [vocab_size, hidden_size]
+  std::vector<DecoderLayer> layers;
+  at::Tensor final_norm;  // [hidden_size]
+  at::Tensor head;        // [vocab_size, hidden_size]
+};
+
+class DecoderLm final : public CausalLm {
+ public:
+  DecoderLm(DecoderConfig config, DecoderNames names, CausalLmInfo info, std::shared_ptr<Checkpoint> checkpoint, DecoderWeights weights)
+      : config_(std::move(config)), names_(std::move(names)), info_(std::move(info)), checkpoint_(std::move(checkpoint)), weights_(std::move(weights)) {}
+
+  const CausalLmInfo& info() const override { return info_; }
+
+  at::Tensor forward(const at::Tensor& tokens, kv::KvCache& cache) const override {
+    const c10::InferenceMode no_grad;
+    check_tokens(tokens);
+    at::Tensor x = at::embedding(weights_.embedding, tokens);  // [T, hidden_size]
+    for (int layer = 0; layer < config_.n_layers; ++layer) {
+      const DecoderLayer& w = weights_.layers[static_cast<size_t>(layer)];
+      x = attention(layer, w, x, cache);
+      x = w.mlp(nn::rms_norm(x, w.mlp_norm, config_.rms_norm_eps), x);
+    }
+    return nn::rms_norm(x, weights_.final_norm, config_.rms_norm_eps);
+  }
+
+  at::Tensor logits(const at::Tensor& hidden) const override {
+    const c10::InferenceMode no_grad;
+    ROTUNDA_CHECK(hidden.dim() == 2 && hidden.size(1) == config_.hidden_size && hidden.scalar_type() == info_.kv.dtype, "logits: hidden ",
+                  hidden.sizes(), " ", hidden.scalar_type(), ", expected [N, ", config_.hidden_size, "] ", info_.kv.dtype);
+    return at::linear(hidden, weights_.head).to(at::kFloat);  // [N, vocab_size]
+  }
+
+  std::shared_ptr<const CausalLm> with_kv_format(const kv::KvFormat& format, const kv::KvSpec& spec) const override;
+
+  const std::string& weights_hash() const override {
+    std::call_once(checkpoint_->hash_once, [this] { checkpoint_->hash = checkpoint_->index.content_hash(); });
+    return checkpoint_->hash;
+  }
+
+ private:
+  // x + W_o attend(...)
+  at::Tensor attention(int layer, const DecoderLayer& w, const at::Tensor& x, kv::KvCache& cache) const {
+    const int64_t n = x.size(0);
+    const std::vector<at::Tensor> qkv = w.qkv(nn::rms_norm(x, w.attention_norm, config_.rms_norm_eps));
+    kv::AttendInput in;
+    in.q = qkv[0].view({n, config_.n_heads, config_.head_dim});
+    in.k = qkv[1].view({n, config_.n_kv_heads, config_.head_dim});
+    in.v = qkv[2].view({n, config_.n_kv_heads, config_.head_dim});
+    in.hidden = x;
+    if (config_.qk_norm) {
+      in.q = nn::rms_norm(in.q, w.q_norm, config_.rms_norm_eps);
+      in.k = nn::rms_norm(in.k, w.k_norm, config_.rms_norm_eps);
+    }
+    const at::Tensor y = cache.attend(layer, in).reshape({n, -1});  // [T, n_heads * head_dim]
+    return nn::linear_add(y, w.o_weight, w.o_bias, x);
+  }
+
+  void check_tokens(const at::Tensor& tokens) const {
+    ROTUNDA_CHECK(tokens.dim() == 1 && tokens.scalar_type() == at::kLong && tokens.size(0) > 0, "forward: tokens ", tokens.sizes(), " ",
+                  tokens.scalar_type(), ", expected [T] Long with T > 0");
+    const at::Tensor contiguous = tokens.contiguous();
+    const int64_t* ids = contiguous.const_data_ptr<int64_t>();
+    for (int64_t t = 0; t < tokens.size(0); ++t)
+      ROTUNDA_CHECK(ids[t] >= 0 && ids[t] < config_.vocab_size, "forward: token ", t, " is ", ids[t], ", expected an id from 0 to ",
+                    config_.vocab_size - 1);
+  }
+
+  kv::ProjectionWeights original_projections(int layer) const;
+  void replace_projections(const kv::ProjectionWeights& fused, DecoderLayer& layer) const;
+
+  DecoderConfig config_;
+  DecoderNames names_;
+  CausalLmInfo info_;
+  std::shared_ptr<Checkpoint> checkpoint_;
+  DecoderWeights weights_;
+};
+
+// As the checkpoint has them, in fp32; copies, so that a format may write to them.
+kv::ProjectionWeights DecoderLm::original_projections(int layer) const {
+  const auto read = [&](const std::string& name) {
+    return checkpoint_->index.tensor(names_.in_layer(layer, name)).to(at::kFloat, /*non_blocking=*/false, /*copy=*/true);
+  };
+  kv::ProjectionWeights p;
+  p.q_weight = read(names_.q + ".weight");
+  p.k_weight = read(names_.k + ".weight");
+  p.v_weight = read(names_.v + ".weight");
+  p.o_weight = read(names_.o + ".weight");
+  if (config_.qkv_bias) {
+    p.q_bias = read(names_.q + ".bias");
+    p.k_bias = read(names_.k + ".bias");
+    p.v_bias = read(names_.v + ".bias");
+  }
+  return p;
+}
+
+// Puts the fused projections in, cast to the model's dtype. One that is the same as before stays shared, so a format that
+// fuses nothing costs no memory.
+void DecoderLm::replace_projections(const kv::ProjectionWeights& fused, DecoderLayer& layer) const {
+  const at::ScalarType dtype = info_.kv.dtype;
+  const std::array<const at::Tensor*, 3> weights = {&fused.q_weight, &fused.k_weight, &fused.v_weight};
+  const std::array<const at::Tensor*, 3> biases = {&fused.q_bias, &fused.k_bias, &fused.v_bias};
+  std::vector<at::Tensor> new_weights, new_biases;
+  int n_changed = 0;
+  for (size_t i = 0; i < weights.size(); ++i) {
+    const at::Tensor old_weight = layer.qkv.weight(i);
+    const at::Tensor old_bias = layer.qkv.bias(i);
+    ROTUNDA_ASSERT(weights[i]->sizes() == old_weight.sizes() && biases[i]->defined() == old_bias.defined(), "fused shape ", weights[i]->sizes());
+    at::Tensor weight = weights[i]->to(dtype);
+    at::Tensor bias = old_bias.defined() ? biases[i]->to(dtype) : old_bias;
+    const bool same = at::equal(weight, old_weight) && (!bias.defined() || at::equal(bias, old_bias));
+    n_changed += !same;
+    new_weights.push_back(same ? old_weight : weight);
+    new_biases.push_back(same ? old_bias : bias);
+  }
+  if (n_changed > 0) {
+    if (layer.qkv.stacked() || n_changed == 3) {  // all of it is new memory anyway: one GEMM
+      new_weights = {at::cat(new_weights)};
+      new_biases = {new_biases[0].defined() ? at::cat(new_biases) : at::Tensor()};
+    }
+    layer.qkv.weights = std::move(new_weights);
+    layer.qkv.biases = std::move(new_biases);
+  }
+  ROTUNDA_ASSERT(fused.o_weight.sizes() == layer.o_weight.sizes(), "fused shape ", fused.o_weight.sizes());
+  const at::Tensor o_weight = fused.o_weight.to(dtype);
+  if (!at::equal(o_weight, layer.o_weight)) layer.o_weight = o_weight;
+}
+
+std::shared_ptr<const CausalLm> DecoderLm::with_kv_format(const kv::KvFormat& format, const kv::KvSpec& spec) const {
+  const c10::InferenceMode no_grad;
+  format.validate(spec);
+  const std::optional<std::string> reason = format.unsupported_reason(spec, info_.kv);
+  ROTUNDA_CHECK(!reason, checkpoint_->index.model_dir().string(), ": ", *reason);
+  DecoderWeights weights = weights_;
+  for (int layer = 0; layer < config_.n_layers; ++layer) {
+    kv::ProjectionWeights projections = original_projections(layer);
+    format.fuse(spec, info_.kv, projections);
+    replace_projections(projections, weights.layers[static_cast<size_t>(layer)]);
+  }
+  return std::make_shared<DecoderLm>(config_, names_, info_, checkpoint_, std::move(weights));
+}
+
+// Tensors that nothing reads: one line in the log, for they may mean that the model is another than config.json says.
+void warn_of_extra_tensors(const io::CheckpointIndex& index, const std::vector<TensorShape>& implied, const DecoderConfig& config,
+                           const DecoderNames& names) {
+  std::set<std::string> known;
+  for (const TensorShape& tensor : implied) known.insert(tensor.name);
+  if (config.tied_embeddings) known.insert(names.head);  // many tied checkpoints store the embedding twice
+  std::string first;
+  int64_t n_extra = 0;
+  for (const std::string& name : index.names()) {
+    if (known.count(name) != 0 || name.ends_with("rotary_emb.inv_freq")) continue;
+    if (n_extra++ == 0) first = name;
+  }
+  if (n_extra > 0)
+    ROTUNDA_LOG_WARN("{}: {} tensors have no place in {}, {} for one; ignored", index.model_dir().string(), n_extra, config.architecture, first);
+}
+
+// The loader's calls by the names and shapes of one model.
+class DecoderLoader {
+ public:
+  DecoderLoader(const DecoderNames& names, const std::vector<TensorShape>& implied, WeightLoader& loader) : names_(names), loader_(loader) {
+    for (const TensorShape& tensor : implied) sizes_.emplace(tensor.name, tensor.sizes);
+  }
+
+  at::Tensor take(const std::string& name) { return loader_.take(name, sizes_.at(name)); }
+  /// Undefined where the config has no such tensor.
+  at::Tensor take_if_implied(const std::string& name) { return sizes_.count(name) != 0 ? take(name) : at::Tensor(); }
+
+  nn::LinearStack take_stack(int layer, const std::vector<std::string>& projections) {
+    std::vector<std::string> weights, biases;
+    nn::LinearStack stack;
+    bool mappable = true;
+    for (const std::string& projection : projections) {
+      weights.push_back(names_.in_layer(layer, projection + ".weight"));
+      biases.push_back(names_.in_layer(layer, projection + ".bias"));
+      stack.out_features.push_back(sizes_.at(weights.back())[0]);
+      mappable = mappable && loader_.is_mappable(weights.back());
+    }
+    const bool has_bias = sizes_.count(biases[0]) != 0;
+    if (mappable) {
+      for (const std::string& name : weights) stack.weights.push_back(take(name));
+      for (const std::string& name : biases) stack.biases.push_back(take_if_implied(name));
+    } else {
+      stack.weights = {take_stacked(weights)};
+      stack.biases = {has_bias ? take_stacked(biases) : at::Tensor()};
+    }
+    return stack;
+  }
+
+ private:
+  at::Tensor take_stacked(const std::vector<std::string>& names) {
+    std::vector<std::vector<int64_t>> sizes;
+    for (const std::string& name : names) sizes.push_back(sizes_.at(name));
+    return loader_.take_stacked(names, sizes);
+  }
+
+  const DecoderNames& names_;
+  WeightLoader& loader_;
+  std::map<std::string, std::vector<int64_t>> sizes_;
+};
+
+}  // namespace
+
+CausalLmInfo decoder_info(const DecoderConfig& config, const DecoderNames& names, at::ScalarType dtype) {
+  CausalLmInfo info;
+  info.architecture = config.architecture;
+  info.kv = config.kv_model(dtype);
+  info.vocab_size = config.vocab_size;
+  info.intermediate_size = config.intermediate_size;
+  info.tied_embeddings = config.tied_embeddings;
+  info.max_position_embeddings = config.max_position_embeddings;
+  info.bos_token_ids = config.bos_token_ids;
+  info.eos_token_ids = config.eos_token_ids;
+  for (const TensorShape& tensor : implied_tensors(config, names)) {
+    int64_t numel = 1;
+    for (const int64_t size : tensor.sizes) numel *= size;
+    info.n_parameters += numel;
+  }
+  return info;
+}
+
+std::shared_ptr<const CausalLm> load_decoder_lm(const ModelFolder& folder, const DecoderConfig& config, const DecoderNames& names,
+                                                const CausalLmOptions& options) {
+  const c10::InferenceMode no_grad;
+  CausalLmInfo info = decoder_info(config, names, options.dtype);
+  const auto checkpoint = std::make_shared<Checkpoint>(folder.dir);
+  const std::vector<TensorShape> implied = implied_tensors(config, names);
+  warn_of_extra_tensors(checkpoint->index, implied, config, names);
+
+  WeightLoader weight_loader(checkpoint->index, options.dtype);
+  DecoderLoader loader(names, implied, weight_loader);
+  DecoderWeights weights;
+  weights.embedding = loader.take(names.embedding);
+  for (int i = 0; i < config.n_layers; ++i) {
+    DecoderLayer layer;
+    layer.attention_norm = loader.take(names.in_layer(i, names.attention_norm));
+    layer.qkv = loader.take_stack(i, {names.q, names.k, names.v});
+    layer.q_norm = loader.take_if_implied(names.in_layer(i, names.q_norm));
+    layer.k_norm = loader.take_if_implied(names.in_layer(i, names.k_norm));
+    layer.o_weight = loader.take(names.in_layer(i, names.o + ".weight"));
+    layer.o_bias = loader.take_if_implied(names.in_layer(i, names.o + ".bias"));
+    layer.mlp_norm = loader.take(names.in_layer(i, names.mlp_norm));
+    layer.mlp.gate_up = loader.take_stack(i, {names.gate, names.up});
+    layer.mlp.down_weight = loader.take(names.in_layer(i, names.down + ".weight"));
+    layer.mlp.down_bias = loader.take_if_implied(names.in_layer(i, names.down + ".bias"));
+    weights.layers.push_back(std::move(layer));
+  }
+  weights.final_norm = loader.take(names.final_norm);
+  weights.head = config.tied_embeddings ? weights.embedding : loader.take(names.head);
+  weight_loader.run(options.progress);
+  return std::make_shared<DecoderLm>(config, names, std::move(info), checkpoint, std::move(weights));
+}
+
+ModelFamily decoder_family(const std::string& architecture, DecoderConfig (*read_config)(const ModelFolder&), const DecoderNames& names) {
+  return {architecture,
+          [=](const ModelFolder& folder, at::ScalarType dtype) { return decoder_info(read_config(folder), names, dtype); },
+          [=](const ModelFolder& folder, const CausalLmOptions& options) {
+            return load_decoder_lm(folder, read_config(folder), names, options);
+          }};
+}
+
+}  // namespace rotunda::model

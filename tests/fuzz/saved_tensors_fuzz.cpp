@@ -1,0 +1,59 @@
+// Any bytes as a safetensors file that claims to be a calibration or a saved sequence: refused with an Error, or taken and usable.
+
+#include <cstdint>
+#include <cstdlib>
+#include <string>
+
+#include "base/error.h"
+#include "io/safetensors_header.h"
+#include "kv/kv_registry.h"
+
+namespace {
+
+rotunda::kv::KvModel tiny_model() {
+  rotunda::kv::KvModel model;
+  model.n_layers = 1;
+  model.n_heads = 2;
+  model.n_kv_heads = 1;
+  model.head_dim = 16;
+  model.hidden_size = 8;
+  model.softmax_scale = 0.25;
+  rotunda::ops::RopeSpec rope;
+  rope.head_dim = 16;
+  model.rope = rotunda::ops::Rope(rope);
+  return model;
+}
+
+template <typename Body>
+void expect_error_or_success(const Body& body) {
+  try {
+    body();
+  } catch (const rotunda::Error& error) {
+    if (error.fault() == rotunda::Fault::kBug) std::abort();
+  }
+}
+
+}  // namespace
+
+extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
+  using namespace rotunda;
+  ops::TensorBundle bundle;
+  try {
+    bundle = io::parse_safetensors({reinterpret_cast<const char*>(data), size}, "input");
+  } catch (const Error& error) {
+    if (error.fault() == Fault::kBug) std::abort();
+    return 0;
+  }
+  const kv::KvModel model = tiny_model();
+  for (const char* name : {"bf16", "rotate2"}) {
+    const kv::KvFormat& format = kv::kv_registry().get(name);
+    expect_error_or_success([&] { format.make_cache({name, {}}, model, &bundle); });
+    expect_error_or_success([&] {
+      kv::KvSpec spec{name, {}};
+      if (format.needs_calibration(spec)) spec.options["reorder"] = "none";
+      const auto cache = format.make_cache(spec, model, nullptr);
+      cache->release(cache->import_sequence(bundle));
+    });
+  }
+  return 0;
+}

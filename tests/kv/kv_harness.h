@@ -1,0 +1,153 @@
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include <limits>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "base/check.h"
+#include "kv/kv_registry.h"
+
+namespace rotunda::kv::testing {
+
+/// Random queries, keys, values and layer inputs of one sequence, fp32, before RoPE and before any fusing.
+struct Text {
+  std::vector<at::Tensor> q, k, v, hidden;  // [layer] of [T, heads, d], [T, hidden_size]
+};
+
+inline KvModel small_model(int n_heads = 4, int n_kv_heads = 2, int head_dim = 64) {
+  KvModel model;
+  model.n_layers = 2;
+  model.n_heads = n_heads;
+  model.n_kv_heads = n_kv_heads;
+  model.head_dim = head_dim;
+  model.hidden_size = 48;
+  model.softmax_scale = 1.0 / std::sqrt(static_cast<double>(head_dim));
+  ops::RopeSpec rope;
+  rope.head_dim = head_dim;
+  model.rope = ops::Rope(rope);
+  return model;
+}
+
+/// Keys have stable channel means of different size, as real ones do; a few tokens have massive layer inputs.
+inline Text random_text(const KvModel& model, int64_t n_tokens, uint64_t seed) {
+  at::manual_seed(seed);
+  Text text;
+  for (int layer = 0; layer < model.n_layers; ++layer) {
+    const at::Tensor mean = 2 * at::randn({model.n_kv_heads, model.head_dim});
+    text.q.push_back(at::randn({n_tokens, model.n_heads, model.head_dim}));
+    text.k.push_back(at::randn({n_tokens, model.n_kv_heads, model.head_dim}) + mean);
+    text.v.push_back(at::randn({n_tokens, model.n_kv_heads, model.head_dim}));
+    at::Tensor hidden = at::randn({n_tokens, model.hidden_size});
+    hidden[0][3] = 500.0;
+    if (n_tokens > 40) hidden[37][11] = -400.0;
+    text.hidden.push_back(hidden);
+  }
+  return text;
+}
+
+/// A cache as a model sees it: projections that are identities, fused by the format, stand before and after it.
+class FusedCache {
+ public:
+  FusedCache(const std::string& spec_text, const KvModel& model) : FusedCache(parse_kv_spec(spec_text), model) {}
+
+  FusedCache(const KvSpec& spec, const KvModel& model) : model_(model) {
+    const KvFormat& format = kv_registry().get(spec.format);
+    if (format.needs_calibration(spec)) {
+      const auto calibrator = format.make_calibrator(model);
+      const Text text = random_text(model, 64, 4242);
+      for (int layer = 0; layer < model.n_layers; ++layer)
+        calibrator->observe(layer, {text.q[layer], text.k[layer], text.v[layer], text.hidden[layer]});
+      calibration_ = calibrator->finish();
+    }
+    cache_ = format.make_cache(spec, model, format.needs_calibration(spec) ? &calibration_ : nullptr);
+    weights_.q_weight = at::eye(model.n_heads * model.head_dim);
+    weights_.k_weight = at::eye(model.kv_channels());
+    weights_.v_weight = at::eye(model.kv_channels());
+    weights_.o_weight = at::eye(model.n_heads * model.head_dim);
+    format.fuse(spec, model, weights_);
+  }
+
+  KvCache& cache() { return *cache_; }
+  const ops::TensorBundle& calibration() const { return calibration_; }
+
+  struct Part {
+    SeqId seq;
+    const Text* text;
+    int64_t begin, end;  // tokens of the text
+    bool is_prompt = true;
+  };
+
+  /// One step over all layers; the last layer's output [T, n_heads, d]. Layers are independent of each other here.
+  /// @param abort_after abort instead of finishing, after this many layers (-1: finish)
+  at::Tensor step(const std::vector<Part>& parts, StepKind kind = StepKind::kGenerate, int abort_after = -1) {
+    std::vector<SeqChunk> chunks;
+    for (const Part& part : parts) chunks.push_back({part.seq, part.end - part.begin, part.is_prompt, 0});
+    cache_->begin_step(chunks, kind);
+    std::vector<at::Tensor> outs;
+    for (int layer = 0; layer < model_.n_layers; ++layer) {
+      if (layer == abort_after) break;
+      const auto rows = [&](const std::vector<at::Tensor> Text::*member) {
+        std::vector<at::Tensor> slices;
+        for (const Part& part : parts) slices.push_back((part.text->*member)[layer].slice(0, part.begin, part.end));
+        return at::cat(slices);
+      };
+      const auto project = [&](const at::Tensor& x, const at::Tensor& weight) {
+        return at::matmul(x.flatten(1), weight.t()).view(x.sizes()).to(model_.dtype);
+      };
+      try {
+        const at::Tensor out = cache_->attend(layer, {project(rows(&Text::q), weights_.q_weight), project(rows(&Text::k), weights_.k_weight),
+                                                      project(rows(&Text::v), weights_.v_weight), rows(&Text::hidden).to(model_.dtype)});
+        outs.push_back(project(out.to(at::kFloat), weights_.o_weight).to(at::kFloat));
+      } catch (...) {
+        cache_->abort_step();
+        throw;
+      }
+    }
+    if (abort_after >= 0) {
+      cache_->abort_step();
+      return {};
+    }
+    cache_->end_step();
+    return at::stack(outs);  // [layer, T, n_heads, d]
+  }
+
+ private:
+  KvModel model_;
+  ops::TensorBundle calibration_;
+  std::unique_ptr<KvCache> cache_;
+  ProjectionWeights weights_;
+};
+
+/// Causal attention in fp64 over unquantized keys and values; [layer, T, n_heads, d].
+inline at::Tensor exact_attention(const KvModel& model, const Text& text, int64_t n_tokens) {
+  std::vector<at::Tensor> outs;
+  const auto [cos, sin] = model.rope.cos_sin(at::arange(n_tokens, at::kLong), n_tokens);
+  for (int layer = 0; layer < model.n_layers; ++layer) {
+    const auto turned = [&](const at::Tensor& x) {
+      return ops::apply_rope(x.slice(0, 0, n_tokens), cos, sin).to(at::kDouble).transpose(0, 1);
+    };
+    const int64_t rep = model.n_heads / model.n_kv_heads;
+    const at::Tensor q = turned(text.q[layer]);
+    const at::Tensor k = turned(text.k[layer]).repeat_interleave(rep, 0);
+    const at::Tensor v = text.v[layer].slice(0, 0, n_tokens).to(at::kDouble).transpose(0, 1).repeat_interleave(rep, 0);
+    at::Tensor scores = at::matmul(q, k.transpose(1, 2)) * model.softmax_scale;
+    const at::Tensor place = at::arange(n_tokens, at::kLong);
+    const at::Tensor distance = place.unsqueeze(1) - place.unsqueeze(0);
+    at::Tensor hidden = distance.lt(0);
+    if (model.sliding_window > 0) hidden = hidden.logical_or(distance.ge(model.sliding_window));
+    scores.masked_fill_(hidden, -std::numeric_limits<double>::infinity());
+    outs.push_back(at::matmul(scores.softmax(-1), v).transpose(0, 1));
+  }
+  return at::stack(outs);
+}
+
+/// ||a - b||^2 / ||b||^2 in fp64.
+inline double nmse(const at::Tensor& a, const at::Tensor& b) {
+  const at::Tensor difference = a.to(at::kDouble) - b.to(at::kDouble);
+  return (difference.square().sum() / b.to(at::kDouble).square().sum()).item<double>();
+}
+
+}  // namespace rotunda::kv::testing
