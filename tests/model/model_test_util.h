@@ -1,6 +1,7 @@
 #pragma once
 
 #include <ATen/ATen.h>
+#include <ATen/Parallel.h>
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -18,6 +19,13 @@ namespace rotunda::test {
 
 inline std::filesystem::path golden_dir() { return std::filesystem::path(ROTUNDA_SOURCE_DIR) / "tests/golden"; }
 inline std::filesystem::path shipped_model_dir() { return std::filesystem::path(ROTUNDA_SOURCE_DIR) / "models/tiny-gqa"; }
+
+/// Models as small as these gain nothing from threads, and lose much where other tests run beside them.
+class OneThread : public testing::Environment {
+ public:
+  void SetUp() override { at::set_num_threads(1); }
+};
+inline testing::Environment* const kOneThread = testing::AddGlobalTestEnvironment(new OneThread);
 
 /// The tiny checkpoints of make_model_golden.py.
 inline std::vector<std::string> golden_cases() {
