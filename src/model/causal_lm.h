@@ -50,7 +50,8 @@ class CausalLm {
 
 struct CausalLmOptions {
   at::ScalarType dtype = at::kFloat;  ///< arithmetic and weights: kFloat or kBFloat16
-  std::function<void(int64_t done_bytes, int64_t total_bytes)> progress;  ///< called from the loading thread; may be empty
+  std::function<void(int64_t done_bytes, int64_t total_bytes)>
+      progress;  ///< called from the loading thread; may be empty
 };
 
 /// Reads config.json alone. @throws Error{kUser} for an unknown architecture or value, naming file and key.

@@ -152,7 +152,8 @@ ConfigFile ConfigFile::object(const std::string& key) const {
 
 ModelFolder ModelFolder::open(const std::filesystem::path& dir) {
   std::error_code error;
-  ROTUNDA_CHECK(std::filesystem::is_directory(dir, error), dir.string(), ": not a folder, expected a Hugging Face model folder");
+  ROTUNDA_CHECK(std::filesystem::is_directory(dir, error), dir.string(),
+                ": not a folder, expected a Hugging Face model folder");
   const std::filesystem::path generation = dir / "generation_config.json";
   std::optional<ConfigFile> generation_config;
   if (std::filesystem::exists(generation, error)) generation_config = ConfigFile::open(generation);

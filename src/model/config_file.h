@@ -21,8 +21,8 @@ class ConfigFile {
   /// The same for text in memory; `origin` stands for the path in messages.
   static ConfigFile parse(std::string_view text, const std::string& origin);
 
-  bool has(const std::string& key) const;        ///< there and not null
-  bool holds_null(const std::string& key) const; ///< there and null
+  bool has(const std::string& key) const;         ///< there and not null
+  bool holds_null(const std::string& key) const;  ///< there and null
   std::vector<std::string> keys() const;
 
   int64_t integer(const std::string& key, int64_t min, int64_t max, std::optional<int64_t> fallback = {}) const;
@@ -54,8 +54,8 @@ class ConfigFile {
 /// A checkpoint's folder, its configuration read.
 struct ModelFolder {
   std::filesystem::path dir;
-  ConfigFile config;                             ///< config.json
-  std::optional<ConfigFile> generation_config;   ///< generation_config.json, where there is one
+  ConfigFile config;                            ///< config.json
+  std::optional<ConfigFile> generation_config;  ///< generation_config.json, where there is one
 
   /// @throws Error{kUser} where `dir` is no folder, and as ConfigFile::open.
   static ModelFolder open(const std::filesystem::path& dir);

@@ -45,10 +45,10 @@ WeightLoader::WeightLoader(const io::CheckpointIndex& index, at::ScalarType dtyp
 at::Tensor WeightLoader::source(const std::string& name, at::IntArrayRef sizes) const {
   const io::SafetensorsFile::Entry& entry = index_.entry(name);
   const std::string where = concat(index_.model_dir().string(), ": tensor ", name);
-  ROTUNDA_CHECK(at::IntArrayRef(entry.shape) == sizes, where, " has shape ", at::IntArrayRef(entry.shape), ", expected ", sizes,
-                " by config.json");
-  ROTUNDA_CHECK(entry.dtype == at::kFloat || entry.dtype == at::kHalf || entry.dtype == at::kBFloat16, where, " is ", entry.dtype,
-                ", expected Float, Half or BFloat16");
+  ROTUNDA_CHECK(at::IntArrayRef(entry.shape) == sizes, where, " has shape ", at::IntArrayRef(entry.shape),
+                ", expected ", sizes, " by config.json");
+  ROTUNDA_CHECK(entry.dtype == at::kFloat || entry.dtype == at::kHalf || entry.dtype == at::kBFloat16, where, " is ",
+                entry.dtype, ", expected Float, Half or BFloat16");
   const at::Tensor tensor = index_.tensor(name);
   // A header of odd length shifts the data; then an aligned copy of the bytes is read instead.
   if (is_aligned(tensor)) return tensor;
@@ -66,7 +66,8 @@ at::Tensor WeightLoader::take(const std::string& name, at::IntArrayRef sizes) {
   return item.target.defined() ? item.target : item.source;
 }
 
-at::Tensor WeightLoader::take_stacked(const std::vector<std::string>& names, const std::vector<std::vector<int64_t>>& sizes) {
+at::Tensor WeightLoader::take_stacked(const std::vector<std::string>& names,
+                                      const std::vector<std::vector<int64_t>>& sizes) {
   std::vector<int64_t> stacked_sizes = sizes.at(0);
   for (size_t i = 1; i < sizes.size(); ++i) stacked_sizes[0] += sizes[i][0];
   const at::Tensor stacked = at::empty(stacked_sizes, at::TensorOptions().dtype(dtype_));
@@ -89,7 +90,8 @@ void WeightLoader::run(const std::function<void(int64_t, int64_t)>& progress) {
   int64_t total_bytes = 0;
   for (size_t i = 0; i < items_.size(); ++i) {
     const int64_t numel = items_[i].source.numel();
-    for (int64_t begin = 0; begin < numel; begin += kPieceElements) pieces.push_back({i, begin, std::min(kPieceElements, numel - begin)});
+    for (int64_t begin = 0; begin < numel; begin += kPieceElements)
+      pieces.push_back({i, begin, std::min(kPieceElements, numel - begin)});
     total_bytes += static_cast<int64_t>(items_[i].source.nbytes());
   }
 
@@ -110,7 +112,8 @@ void WeightLoader::run(const std::function<void(int64_t, int64_t)>& progress) {
   });
   if (progress) progress(total_bytes, total_bytes);
   for (size_t i = 0; i < items_.size(); ++i)
-    ROTUNDA_CHECK(!bad[i], index_.model_dir().string(), ": tensor ", items_[i].name, " holds NaN or Inf, expected finite weights");
+    ROTUNDA_CHECK(!bad[i], index_.model_dir().string(), ": tensor ", items_[i].name,
+                  " holds NaN or Inf, expected finite weights");
   items_.clear();
 }
 

@@ -20,7 +20,9 @@ at::Tensor exponents(int head_dim) {  // i / head_dim for i = 0, 2, ...
   return at::arange(0, head_dim, 2, at::TensorOptions().dtype(at::kLong)).to(at::kFloat) / head_dim;
 }
 
-at::Tensor default_inv_freq(const RopeSpec& spec) { return at::reciprocal(at::pow(spec.theta, exponents(spec.head_dim))); }
+at::Tensor default_inv_freq(const RopeSpec& spec) {
+  return at::reciprocal(at::pow(spec.theta, exponents(spec.head_dim)));
+}
 
 at::Tensor dynamic_inv_freq(const RopeSpec& spec, int64_t seq_len) {
   const int64_t len = std::max(seq_len, spec.max_position_embeddings);
@@ -39,10 +41,11 @@ at::Tensor llama3_inv_freq(const RopeSpec& spec) {
   const at::Tensor wavelen = at::reciprocal(inv_freq).mul(2.0 * std::numbers::pi);
   const at::Tensor slow = at::where(wavelen.gt(low_freq_wavelen), inv_freq.div(spec.factor), inv_freq);
   // Between the two wavelengths: a blend of scaled and unscaled.
-  const at::Tensor smooth = at::reciprocal(wavelen).mul(old_len).sub(spec.low_freq_factor)
-                                .div(spec.high_freq_factor - spec.low_freq_factor);
+  const at::Tensor smooth =
+      at::reciprocal(wavelen).mul(old_len).sub(spec.low_freq_factor).div(spec.high_freq_factor - spec.low_freq_factor);
   const at::Tensor blend = (1.0 - smooth).mul(slow).div(spec.factor).add(smooth.mul(slow));
-  const at::Tensor medium = wavelen.lt(high_freq_wavelen).logical_not().logical_and(wavelen.gt(low_freq_wavelen).logical_not());
+  const at::Tensor medium =
+      wavelen.lt(high_freq_wavelen).logical_not().logical_and(wavelen.gt(low_freq_wavelen).logical_not());
   return at::where(medium, blend, slow);
 }
 
@@ -66,7 +69,8 @@ at::Tensor yarn_inv_freq(const RopeSpec& spec) {
   const at::Tensor pos_freqs = at::pow(spec.theta, exponents(spec.head_dim));
   const at::Tensor extrapolation = at::reciprocal(pos_freqs);
   const at::Tensor interpolation = at::reciprocal(pos_freqs.mul(spec.factor));
-  const at::Tensor ramp = at::arange(spec.head_dim / 2, at::TensorOptions().dtype(at::kFloat)).sub(low).div(high - low).clamp(0, 1);
+  const at::Tensor ramp =
+      at::arange(spec.head_dim / 2, at::TensorOptions().dtype(at::kFloat)).sub(low).div(high - low).clamp(0, 1);
   const at::Tensor keep = 1.0 - ramp;
   return interpolation.mul(1.0 - keep).add(extrapolation.mul(keep));
 }
@@ -79,10 +83,13 @@ std::vector<double> to_vector(const at::Tensor& inv_freq) {
 }  // namespace
 
 Rope::Rope(const RopeSpec& spec) : spec_(spec) {
-  ROTUNDA_CHECK(spec.head_dim >= 2 && spec.head_dim % 2 == 0, "rope: head_dim ", spec.head_dim, ", expected a positive even number");
-  ROTUNDA_CHECK(std::isfinite(spec.theta) && spec.theta > 1.0, "rope: rope_theta ", spec.theta, ", expected a number above 1");
+  ROTUNDA_CHECK(spec.head_dim >= 2 && spec.head_dim % 2 == 0, "rope: head_dim ", spec.head_dim,
+                ", expected a positive even number");
+  ROTUNDA_CHECK(std::isfinite(spec.theta) && spec.theta > 1.0, "rope: rope_theta ", spec.theta,
+                ", expected a number above 1");
   ROTUNDA_CHECK(positive(spec.factor), "rope: factor ", spec.factor, ", expected a positive number");
-  ROTUNDA_CHECK(positive(spec.attention_factor), "rope: attention_factor ", spec.attention_factor, ", expected a positive number");
+  ROTUNDA_CHECK(positive(spec.attention_factor), "rope: attention_factor ", spec.attention_factor,
+                ", expected a positive number");
   switch (spec.type) {
     case RopeType::kDefault:
       inv_freq_ = to_vector(default_inv_freq(spec));
@@ -97,7 +104,8 @@ Rope::Rope(const RopeSpec& spec) : spec_(spec) {
       inv_freq_ = to_vector(dynamic_inv_freq(spec, 0));
       return;
     case RopeType::kLlama3:
-      ROTUNDA_CHECK(positive(spec.low_freq_factor) && positive(spec.high_freq_factor) && spec.high_freq_factor > spec.low_freq_factor,
+      ROTUNDA_CHECK(positive(spec.low_freq_factor) && positive(spec.high_freq_factor) &&
+                        spec.high_freq_factor > spec.low_freq_factor,
                     "rope: low_freq_factor ", spec.low_freq_factor, " and high_freq_factor ", spec.high_freq_factor,
                     ", expected positive numbers, the second one greater");
       ROTUNDA_CHECK(spec.original_max_position_embeddings > 0, "rope: original_max_position_embeddings ",
@@ -105,8 +113,8 @@ Rope::Rope(const RopeSpec& spec) : spec_(spec) {
       inv_freq_ = to_vector(llama3_inv_freq(spec));
       return;
     case RopeType::kYarn:
-      ROTUNDA_CHECK(positive(spec.beta_fast) && positive(spec.beta_slow), "rope: beta_fast ", spec.beta_fast, " and beta_slow ",
-                    spec.beta_slow, ", expected positive numbers");
+      ROTUNDA_CHECK(positive(spec.beta_fast) && positive(spec.beta_slow), "rope: beta_fast ", spec.beta_fast,
+                    " and beta_slow ", spec.beta_slow, ", expected positive numbers");
       ROTUNDA_CHECK(spec.original_max_position_embeddings > 0, "rope: original_max_position_embeddings ",
                     spec.original_max_position_embeddings, ", expected a positive number");
       inv_freq_ = to_vector(yarn_inv_freq(spec));
@@ -116,13 +124,14 @@ Rope::Rope(const RopeSpec& spec) : spec_(spec) {
 }
 
 std::vector<double> Rope::inv_freq(int64_t seq_len) const {
-  if (depends_on_length() && seq_len > spec_.max_position_embeddings) return to_vector(dynamic_inv_freq(spec_, seq_len));
+  if (depends_on_length() && seq_len > spec_.max_position_embeddings)
+    return to_vector(dynamic_inv_freq(spec_, seq_len));
   return inv_freq_;
 }
 
 std::pair<at::Tensor, at::Tensor> Rope::cos_sin(const at::Tensor& positions, int64_t seq_len) const {
-  ROTUNDA_CHECK(positions.dim() == 1 && positions.scalar_type() == at::kLong, "rope: positions ", positions.sizes(), " ",
-                positions.scalar_type(), ", expected [T] int64");
+  ROTUNDA_CHECK(positions.dim() == 1 && positions.scalar_type() == at::kLong, "rope: positions ", positions.sizes(),
+                " ", positions.scalar_type(), ", expected [T] int64");
   const std::vector<double> inv_freq = this->inv_freq(seq_len);
   const int64_t half = static_cast<int64_t>(inv_freq.size());
   const int64_t n = positions.size(0);
@@ -145,7 +154,8 @@ std::pair<at::Tensor, at::Tensor> Rope::cos_sin(const at::Tensor& positions, int
 }
 
 at::Tensor apply_rope(const at::Tensor& x, const at::Tensor& cos, const at::Tensor& sin) {
-  ROTUNDA_CHECK(x.dim() == 3 && cos.dim() == 2 && cos.sizes() == sin.sizes() && cos.size(0) == x.size(0) && 2 * cos.size(1) == x.size(2),
+  ROTUNDA_CHECK(x.dim() == 3 && cos.dim() == 2 && cos.sizes() == sin.sizes() && cos.size(0) == x.size(0) &&
+                    2 * cos.size(1) == x.size(2),
                 "apply_rope: x ", x.sizes(), ", cos ", cos.sizes(), ", sin ", sin.sizes(),
                 ", expected [T, n_heads, head_dim] and twice [T, head_dim / 2]");
   const int64_t half = cos.size(1);

@@ -18,8 +18,14 @@ using testing::ElementsAre;
 using testing::HasSubstr;
 
 json llama_config() {
-  return {{"architectures", {"LlamaForCausalLM"}}, {"hidden_size", 256}, {"intermediate_size", 512}, {"num_hidden_layers", 3},
-          {"num_attention_heads", 4}, {"num_key_value_heads", 2}, {"vocab_size", 1000}, {"max_position_embeddings", 2048}};
+  return {{"architectures", {"LlamaForCausalLM"}},
+          {"hidden_size", 256},
+          {"intermediate_size", 512},
+          {"num_hidden_layers", 3},
+          {"num_attention_heads", 4},
+          {"num_key_value_heads", 2},
+          {"vocab_size", 1000},
+          {"max_position_embeddings", 2048}};
 }
 
 json config_of(const std::string& architecture) {
@@ -59,7 +65,10 @@ TEST(ConfigTest, TakesTokenIdsFromBothFiles) {
   EXPECT_THAT(read(config).bos_token_ids, ElementsAre());
   EXPECT_THAT(read(config, json{{"eos_token_id", 8}}).eos_token_ids, ElementsAre(7, 8));
   EXPECT_THAT(read(config, json{{"eos_token_id", {9, 7}}}).eos_token_ids, ElementsAre(7, 8, 9));
-  EXPECT_THAT(user_error_of([&] { read(config, json{{"eos_token_id", "x"}}); }), HasSubstr("m/generation_config.json: eos_token_id is \"x\""));
+  EXPECT_THAT(user_error_of([&] {
+                read(config, json{{"eos_token_id", "x"}});
+              }),
+              HasSubstr("m/generation_config.json: eos_token_id is \"x\""));
 }
 
 TEST(ConfigTest, FollowsTheDefaultsOfEachFamily) {
@@ -93,7 +102,8 @@ TEST(ConfigTest, QwenWindowsCoverAllLayersOrNone) {
   config["max_window_layers"] = 1;
   EXPECT_EQ(read(config).kv.sliding_window, 0) << "use_sliding_window is off";
   config["use_sliding_window"] = true;
-  EXPECT_THAT(user_error_of([&] { read(config); }), HasSubstr("m/config.json: max_window_layers gives 2 of 3 layers a sliding window"));
+  EXPECT_THAT(user_error_of([&] { read(config); }),
+              HasSubstr("m/config.json: max_window_layers gives 2 of 3 layers a sliding window"));
   config["max_window_layers"] = 0;
   EXPECT_EQ(read(config).kv.sliding_window, 100);
   config["max_window_layers"] = 3;
@@ -152,9 +162,11 @@ INSTANTIATE_TEST_SUITE_P(
     Values, BadConfigTest,
     testing::Values(
         BadConfig{R"({"architectures": ["GPT2LMHeadModel"]})",
-                  "architectures is \"GPT2LMHeadModel\", expected one of LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM"},
+                  "architectures is \"GPT2LMHeadModel\", expected one of LlamaForCausalLM, MistralForCausalLM, "
+                  "Qwen2ForCausalLM, Qwen3ForCausalLM"},
         BadConfig{R"({"architectures": []})", "architectures has 0 entries, expected one"},
-        BadConfig{R"({"architectures": "LlamaForCausalLM"})", "architectures is \"LlamaForCausalLM\", expected a list of texts"},
+        BadConfig{R"({"architectures": "LlamaForCausalLM"})",
+                  "architectures is \"LlamaForCausalLM\", expected a list of texts"},
         BadConfig{R"({"architectures": null})", "architectures is missing"},
         BadConfig{R"({"hidden_size": null})", "hidden_size is missing, expected a whole number from 1 to"},
         BadConfig{R"({"hidden_size": "256"})", "hidden_size is \"256\", expected a whole number"},
@@ -166,10 +178,12 @@ INSTANTIATE_TEST_SUITE_P(
         BadConfig{R"({"hidden_size": true})", "hidden_size is true"},
         BadConfig{R"({"hidden_size": [256]})", "hidden_size is [256]"},
         BadConfig{R"({"hidden_size": 255})", "num_attention_heads is 4, expected a divisor of hidden_size, 255"},
-        BadConfig{R"({"vocab_size": 2147483648})", "vocab_size is 2147483648, expected a whole number from 1 to 16777216"},
+        BadConfig{R"({"vocab_size": 2147483648})",
+                  "vocab_size is 2147483648, expected a whole number from 1 to 16777216"},
         BadConfig{R"({"num_hidden_layers": 1000000})", "num_hidden_layers is 1000000"},
         BadConfig{R"({"intermediate_size": 0})", "intermediate_size is 0"},
-        BadConfig{R"({"num_key_value_heads": 3})", "num_key_value_heads is 3, expected a divisor of num_attention_heads, 4"},
+        BadConfig{R"({"num_key_value_heads": 3})",
+                  "num_key_value_heads is 3, expected a divisor of num_attention_heads, 4"},
         BadConfig{R"({"num_key_value_heads": 8})", "num_key_value_heads is 8, expected a divisor"},
         BadConfig{R"({"head_dim": 63})", "head_dim is 63, expected an even number"},
         BadConfig{R"({"head_dim": 0})", "head_dim is 0"},
@@ -181,7 +195,8 @@ INSTANTIATE_TEST_SUITE_P(
         BadConfig{R"({"mlp_bias": 1})", "mlp_bias is 1, expected true or false"},
         BadConfig{R"({"tie_word_embeddings": "yes"})", "tie_word_embeddings is \"yes\""},
         BadConfig{R"({"bos_token_id": 1000})", "bos_token_id is 1000, expected a token id from 0 to 999"},
-        BadConfig{R"({"bos_token_id": [1, 2]})", "bos_token_id (with generation_config.json) names 2 ids, expected at most one"},
+        BadConfig{R"({"bos_token_id": [1, 2]})",
+                  "bos_token_id (with generation_config.json) names 2 ids, expected at most one"},
         BadConfig{R"({"eos_token_id": [2, -1]})", "eos_token_id is [2,-1]"},
         BadConfig{R"({"quantization_config": {"bits": 4}})", "quantization_config is there"},
         BadConfig{R"({"partial_rotary_factor": 0.5})", "partial_rotary_factor is 0.5, expected 1"},
@@ -193,15 +208,23 @@ INSTANTIATE_TEST_SUITE_P(
                   "rope_scaling.rope_type is \"longrope\", expected one of default, linear, dynamic, llama3, yarn"},
         BadConfig{R"({"rope_scaling": {"type": "su"}})", "rope_scaling.type is \"su\""},
         BadConfig{R"({"rope_scaling": {"type": "linear"}})", "rope_scaling.factor is missing"},
-        BadConfig{R"({"rope_scaling": {"type": "linear", "factor": -2}})", "rope_scaling.factor is -2, expected a number above 0"},
-        BadConfig{R"({"rope_scaling": {"rope_type": "llama3", "factor": 8}})", "rope_scaling.original_max_position_embeddings is missing"},
-        BadConfig{R"({"rope_scaling": {"rope_type": "llama3", "factor": 8, "original_max_position_embeddings": 64, "low_freq_factor": 4, "high_freq_factor": 4}})",
-                  "rope_scaling.high_freq_factor is 4, expected more than low_freq_factor, 4"},
-        BadConfig{R"({"rope_scaling": {"rope_type": "yarn", "factor": 8, "attention_factor": 0}})", "rope_scaling.attention_factor is 0"},
-        BadConfig{R"({"rope_scaling": {"rope_type": "yarn", "factor": 8, "beta_fast": 1, "beta_slow": 2}})", "rope_scaling.beta_fast is 1"},
-        BadConfig{R"({"rope_scaling": {"rope_type": "yarn", "factor": 8, "mscale": -90, "mscale_all_dim": 1}})", "rope_scaling.mscale is -90"},
-        BadConfig{R"({"rope_parameters": {"full_attention": {"rope_type": "default"}}})", "rope_parameters.full_attention is an object"},
-        BadConfig{R"({"rope_theta": 10000, "rope_parameters": {"rope_theta": 500}})", "rope_parameters.rope_theta is 500, expected rope_theta, 10000"}));
+        BadConfig{R"({"rope_scaling": {"type": "linear", "factor": -2}})",
+                  "rope_scaling.factor is -2, expected a number above 0"},
+        BadConfig{R"({"rope_scaling": {"rope_type": "llama3", "factor": 8}})",
+                  "rope_scaling.original_max_position_embeddings is missing"},
+        BadConfig{
+            R"({"rope_scaling": {"rope_type": "llama3", "factor": 8, "original_max_position_embeddings": 64, "low_freq_factor": 4, "high_freq_factor": 4}})",
+            "rope_scaling.high_freq_factor is 4, expected more than low_freq_factor, 4"},
+        BadConfig{R"({"rope_scaling": {"rope_type": "yarn", "factor": 8, "attention_factor": 0}})",
+                  "rope_scaling.attention_factor is 0"},
+        BadConfig{R"({"rope_scaling": {"rope_type": "yarn", "factor": 8, "beta_fast": 1, "beta_slow": 2}})",
+                  "rope_scaling.beta_fast is 1"},
+        BadConfig{R"({"rope_scaling": {"rope_type": "yarn", "factor": 8, "mscale": -90, "mscale_all_dim": 1}})",
+                  "rope_scaling.mscale is -90"},
+        BadConfig{R"({"rope_parameters": {"full_attention": {"rope_type": "default"}}})",
+                  "rope_parameters.full_attention is an object"},
+        BadConfig{R"({"rope_theta": 10000, "rope_parameters": {"rope_theta": 500}})",
+                  "rope_parameters.rope_theta is 500, expected rope_theta, 10000"}));
 
 TEST(ConfigFileTest, RefusesWhatIsNoModelFolder) {
   const TemporaryFolder folder;
@@ -216,7 +239,8 @@ TEST(ConfigFileTest, RefusesWhatIsNoModelFolder) {
   std::ofstream(folder.path() / "config.json") << "{\"hidden_size\": ";
   EXPECT_THAT(user_error_of([&] { read_causal_lm_info(dir); }), HasSubstr("config.json:1:"));
   std::ofstream(folder.path() / "config.json") << "[1, 2]";
-  EXPECT_THAT(user_error_of([&] { read_causal_lm_info(dir); }), HasSubstr("config.json: holds [1,2], expected a JSON object"));
+  EXPECT_THAT(user_error_of([&] { read_causal_lm_info(dir); }),
+              HasSubstr("config.json: holds [1,2], expected a JSON object"));
   EXPECT_THAT(user_error_of([&] { read_causal_lm_info(dir, at::kHalf); }), HasSubstr("dtype Half"));
 }
 

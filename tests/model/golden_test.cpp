@@ -43,7 +43,8 @@ TEST_P(GoldenTest, TokenByToken) {
   const kv::SeqId seq = cache.create();
   std::vector<at::Tensor> rows;
   // The golden is one pass, whose `dynamic` frequencies are those of the whole length.
-  for (int64_t t = 0; t < c.tokens.size(0); ++t) rows.push_back(run_step(*c.lm, cache, seq, c.tokens.narrow(0, t, 1), c.tokens.size(0)));
+  for (int64_t t = 0; t < c.tokens.size(0); ++t)
+    rows.push_back(run_step(*c.lm, cache, seq, c.tokens.narrow(0, t, 1), c.tokens.size(0)));
   EXPECT_LT(relative_error(at::cat(rows), c.logits), kMaxRelativeError);
 }
 
@@ -52,7 +53,8 @@ TEST_P(GoldenTest, RaggedBatch) {
   ReferenceCache cache(c.lm->info().kv);
   const int64_t total = c.tokens.size(0);
   const std::vector<kv::SeqId> seqs = {cache.create(), cache.create(), cache.create()};
-  const std::vector<std::vector<int64_t>> steps = {{13, 1, 0}, {1, 0, 40}, {0, 39, 0}, {26, 0, 0}};  // tokens of each sequence
+  const std::vector<std::vector<int64_t>> steps = {
+      {13, 1, 0}, {1, 0, 40}, {0, 39, 0}, {26, 0, 0}};  // tokens of each sequence
   std::vector<std::vector<at::Tensor>> rows(seqs.size());
   for (const std::vector<int64_t>& step : steps) {
     std::vector<kv::SeqChunk> chunks;
@@ -71,7 +73,8 @@ TEST_P(GoldenTest, RaggedBatch) {
       begin += step[s];
     }
   }
-  for (const std::vector<at::Tensor>& sequence_rows : rows) EXPECT_LT(relative_error(at::cat(sequence_rows), c.logits), kMaxRelativeError);
+  for (const std::vector<at::Tensor>& sequence_rows : rows)
+    EXPECT_LT(relative_error(at::cat(sequence_rows), c.logits), kMaxRelativeError);
 }
 
 // In bf16 each of some ten roundings on the way to a logit is off by up to 2^-9; these models have at most two layers.
@@ -101,7 +104,8 @@ TEST_P(GoldenTest, InfoAgreesWithTheCheckpoint) {
   EXPECT_EQ(c.lm->weights_hash(), index.content_hash());
 }
 
-INSTANTIATE_TEST_SUITE_P(Cases, GoldenTest, testing::ValuesIn(golden_cases()), [](const auto& info) { return info.param; });
+INSTANTIATE_TEST_SUITE_P(Cases, GoldenTest, testing::ValuesIn(golden_cases()),
+                         [](const auto& info) { return info.param; });
 
 TEST(GoldenCasesTest, AreAllThere) {
   std::set<std::string> architectures;
@@ -123,7 +127,8 @@ TEST(ShippedModelTest, LogitsEqualTransformers) {
   const ops::TensorBundle golden = io::read_bundle(golden_dir() / "tiny_gqa_logits.safetensors");
   ReferenceCache cache(lm->info().kv);
   const at::Tensor logits = run_step(*lm, cache, cache.create(), golden.get("tokens", at::kLong, {200}));
-  EXPECT_LT(relative_error(logits.index_select(0, golden.get("rows", at::kLong, {5})), golden.get("logits", at::kFloat, {5, 8192})),
+  EXPECT_LT(relative_error(logits.index_select(0, golden.get("rows", at::kLong, {5})),
+                           golden.get("logits", at::kFloat, {5, 8192})),
             kMaxRelativeError);
   const at::Tensor best = logits.gather(1, golden.get("top_ids", at::kInt, {200, 8}).to(at::kLong));
   EXPECT_LT(relative_error(best, golden.get("top_values", at::kFloat, {200, 8})), kMaxRelativeError);
@@ -152,7 +157,8 @@ TEST_P(ShippedModelGreedyTest, ContinuesAsTransformers) {
 }
 
 INSTANTIATE_TEST_SUITE_P(CacheDtypes, ShippedModelGreedyTest,
-                         testing::Values(std::pair("float32", at::kDouble), std::pair("bfloat16", at::kBFloat16), std::pair("float16", at::kHalf)),
+                         testing::Values(std::pair("float32", at::kDouble), std::pair("bfloat16", at::kBFloat16),
+                                         std::pair("float16", at::kHalf)),
                          [](const auto& info) { return info.param.first; });
 
 }  // namespace

@@ -64,7 +64,8 @@ TEST_F(LoadTest, NamesATensorThatIsNoFloat) {
 }
 
 TEST_F(LoadTest, NamesATensorThatIsNotFinite) {
-  for (const double bad : {std::numeric_limits<double>::quiet_NaN(), std::numeric_limits<double>::infinity(), -std::numeric_limits<double>::infinity()}) {
+  for (const double bad : {std::numeric_limits<double>::quiet_NaN(), std::numeric_limits<double>::infinity(),
+                           -std::numeric_limits<double>::infinity()}) {
     for (const at::ScalarType dtype : {at::kBFloat16, at::kHalf, at::kFloat}) {
       const ops::TensorBundle whole = bundle_;
       at::Tensor damaged = bundle_.tensors["model.layers.1.mlp.down_proj.weight"].to(dtype, false, /*copy=*/true);
@@ -138,8 +139,12 @@ TEST_F(LoadTest, RefusesTokensThatAreNoIds) {
   save();
   const std::shared_ptr<const CausalLm> lm = load();
   ReferenceCache cache(lm->info().kv);
-  EXPECT_THAT(user_error_of([&] { lm->forward(at::tensor(std::vector<int64_t>{1, 128}), cache); }), HasSubstr("token 1 is 128, expected an id from 0 to 127"));
-  EXPECT_THAT(user_error_of([&] { lm->forward(at::tensor(std::vector<int64_t>{-1}), cache); }), HasSubstr("token 0 is -1"));
+  EXPECT_THAT(user_error_of([&] {
+                lm->forward(at::tensor(std::vector<int64_t>{1, 128}), cache);
+              }),
+              HasSubstr("token 1 is 128, expected an id from 0 to 127"));
+  EXPECT_THAT(user_error_of([&] { lm->forward(at::tensor(std::vector<int64_t>{-1}), cache); }),
+              HasSubstr("token 0 is -1"));
   EXPECT_THAT(user_error_of([&] { lm->forward(at::empty({0}, at::kLong), cache); }), HasSubstr("expected [T] Long"));
   EXPECT_THAT(user_error_of([&] { lm->logits(at::zeros({1, 31})); }), HasSubstr("expected [N, 32]"));
 }
@@ -170,7 +175,8 @@ class ValueRotatingFormat final : public kv::KvFormat {
     }
   }
   int64_t planned_bytes(const kv::KvSpec&, const kv::KvModel&, int64_t) const override { return 0; }
-  std::unique_ptr<kv::KvCache> make_cache(const kv::KvSpec&, const kv::KvModel& model, const ops::TensorBundle*) const override {
+  std::unique_ptr<kv::KvCache> make_cache(const kv::KvSpec&, const kv::KvModel& model,
+                                          const ops::TensorBundle*) const override {
     return std::make_unique<ReferenceCache>(model);
   }
 };
@@ -198,13 +204,18 @@ TEST_P(FusedFormatTest, RotatedValuesGiveTheSameLogits) {
   EXPECT_TRUE(at::equal(logits_and_values(*lm).first, logits)) << "the model itself has changed";
 }
 
-INSTANTIATE_TEST_SUITE_P(Cases, FusedFormatTest, testing::ValuesIn(golden_cases()), [](const auto& info) { return info.param; });
+INSTANTIATE_TEST_SUITE_P(Cases, FusedFormatTest, testing::ValuesIn(golden_cases()),
+                         [](const auto& info) { return info.param; });
 
 TEST(FusedFormatErrorsTest, PassOnTheReason) {
   const std::shared_ptr<const CausalLm> lm = load_causal_lm((golden_dir() / "models" / kCase).string(), {});
   const ValueRotatingFormat format;
-  EXPECT_THAT(user_error_of([&] { lm->with_kv_format(format, {.format = "unsupported", .options = {}}); }), HasSubstr("value_rotating: not this model"));
-  EXPECT_THAT(user_error_of([&] { lm->with_kv_format(format, {.format = "value_rotating", .options = {{"a", "b"}}}); }), HasSubstr("no options"));
+  EXPECT_THAT(user_error_of([&] { lm->with_kv_format(format, {.format = "unsupported", .options = {}}); }),
+              HasSubstr("value_rotating: not this model"));
+  EXPECT_THAT(user_error_of([&] {
+                lm->with_kv_format(format, {.format = "value_rotating", .options = {{"a", "b"}}});
+              }),
+              HasSubstr("no options"));
 }
 
 TEST(WeightsHashTest, IsTheSameFromManyThreads) {

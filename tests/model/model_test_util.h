@@ -1,6 +1,7 @@
 #pragma once
 
 #include <ATen/ATen.h>
+#include <ATen/Parallel.h>
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -17,12 +18,22 @@
 namespace rotunda::test {
 
 inline std::filesystem::path golden_dir() { return std::filesystem::path(ROTUNDA_SOURCE_DIR) / "tests/golden"; }
-inline std::filesystem::path shipped_model_dir() { return std::filesystem::path(ROTUNDA_SOURCE_DIR) / "models/tiny-gqa"; }
+inline std::filesystem::path shipped_model_dir() {
+  return std::filesystem::path(ROTUNDA_SOURCE_DIR) / "models/tiny-gqa";
+}
+
+/// Models as small as these gain nothing from threads, and lose much where other tests run beside them.
+class OneThread : public testing::Environment {
+ public:
+  void SetUp() override { at::set_num_threads(1); }
+};
+inline testing::Environment* const kOneThread = testing::AddGlobalTestEnvironment(new OneThread);
 
 /// The tiny checkpoints of make_model_golden.py.
 inline std::vector<std::string> golden_cases() {
   std::vector<std::string> names;
-  for (const auto& entry : std::filesystem::directory_iterator(golden_dir() / "models")) names.push_back(entry.path().filename().string());
+  for (const auto& entry : std::filesystem::directory_iterator(golden_dir() / "models"))
+    names.push_back(entry.path().filename().string());
   std::sort(names.begin(), names.end());
   return names;
 }
@@ -68,7 +79,8 @@ inline double relative_error(const at::Tensor& got, const at::Tensor& want) {
 }
 
 /// One step of one sequence. @return [T, vocab_size]
-inline at::Tensor run_step(const model::CausalLm& lm, kv::KvCache& cache, kv::SeqId seq, const at::Tensor& tokens, int64_t rope_len = 0) {
+inline at::Tensor run_step(const model::CausalLm& lm, kv::KvCache& cache, kv::SeqId seq, const at::Tensor& tokens,
+                           int64_t rope_len = 0) {
   cache.begin_step({{.seq = seq, .n_tokens = tokens.size(0), .is_prompt = true, .rope_len = rope_len}});
   const at::Tensor hidden = lm.forward(tokens, cache);
   cache.end_step();

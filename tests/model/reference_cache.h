@@ -20,7 +20,8 @@ namespace rotunda::test {
 /// that they are rounded to a dtype as they enter.
 class ReferenceCache final : public kv::KvCache {
  public:
-  explicit ReferenceCache(kv::KvModel model, at::ScalarType arithmetic = at::kFloat, at::ScalarType rounding = at::kDouble)
+  explicit ReferenceCache(kv::KvModel model, at::ScalarType arithmetic = at::kFloat,
+                          at::ScalarType rounding = at::kDouble)
       : model_(std::move(model)), arithmetic_(arithmetic), rounding_(rounding) {
     spec_.format = "reference";
   }
@@ -55,7 +56,8 @@ class ReferenceCache final : public kv::KvCache {
     for (size_t i = 0; i < chunks.size(); ++i) {
       at_seq(chunks[i].seq);
       ROTUNDA_CHECK(chunks[i].n_tokens > 0, "begin_step: chunk of ", chunks[i].n_tokens, " tokens");
-      for (size_t j = 0; j < i; ++j) ROTUNDA_CHECK(chunks[j].seq != chunks[i].seq, "begin_step: sequence ", chunks[i].seq, " twice");
+      for (size_t j = 0; j < i; ++j)
+        ROTUNDA_CHECK(chunks[j].seq != chunks[i].seq, "begin_step: sequence ", chunks[i].seq, " twice");
     }
     chunks_ = chunks;
     next_layer_ = 0;
@@ -67,11 +69,12 @@ class ReferenceCache final : public kv::KvCache {
     std::vector<at::Tensor> results;
     int64_t begin = 0;
     for (const kv::SeqChunk& chunk : chunks_) {
-      results.push_back(attend_chunk(layer, chunk, in.q.narrow(0, begin, chunk.n_tokens), in.k.narrow(0, begin, chunk.n_tokens),
-                                     in.v.narrow(0, begin, chunk.n_tokens)));
+      results.push_back(attend_chunk(layer, chunk, in.q.narrow(0, begin, chunk.n_tokens),
+                                     in.k.narrow(0, begin, chunk.n_tokens), in.v.narrow(0, begin, chunk.n_tokens)));
       begin += chunk.n_tokens;
     }
-    ROTUNDA_ASSERT(begin == in.q.size(0) && begin == in.k.size(0) && begin == in.v.size(0), "attend: rows ", in.q.size(0));
+    ROTUNDA_ASSERT(begin == in.q.size(0) && begin == in.k.size(0) && begin == in.v.size(0), "attend: rows ",
+                   in.q.size(0));
     return at::cat(results);
   }
 
@@ -90,7 +93,8 @@ class ReferenceCache final : public kv::KvCache {
     kv::KvUsage usage;
     for (const auto& [id, s] : sequences_) {
       usage.elements += 2 * s.kv_len * model_.kv_channels() * model_.n_layers;
-      for (const Layer& layer : s.layers) usage.codes_bytes += static_cast<int64_t>(layer.k.nbytes() + layer.v.nbytes());
+      for (const Layer& layer : s.layers)
+        usage.codes_bytes += static_cast<int64_t>(layer.k.nbytes() + layer.v.nbytes());
     }
     return usage;
   }
@@ -130,7 +134,9 @@ class ReferenceCache final : public kv::KvCache {
     const at::Tensor none = at::empty({0, model_.n_kv_heads, model_.head_dim}, at::TensorOptions().dtype(arithmetic_));
     return {none, none};
   }
-  static Layer cut(const Layer& layer, int64_t kv_len) { return {layer.k.narrow(0, 0, kv_len), layer.v.narrow(0, 0, kv_len)}; }
+  static Layer cut(const Layer& layer, int64_t kv_len) {
+    return {layer.k.narrow(0, 0, kv_len), layer.v.narrow(0, 0, kv_len)};
+  }
   Sequence& at_seq(kv::SeqId seq) {
     const auto it = sequences_.find(seq);
     ROTUNDA_CHECK(it != sequences_.end(), "no sequence ", seq);
@@ -143,13 +149,16 @@ class ReferenceCache final : public kv::KvCache {
     const at::Tensor c = cos.to(arithmetic_).unsqueeze(1), s = sin.to(arithmetic_).unsqueeze(1);
     return at::cat({halves[0] * c - halves[1] * s, halves[1] * c + halves[0] * s}, 2);
   }
-  at::Tensor rounded(const at::Tensor& x) const { return rounding_ == at::kDouble ? x : x.to(rounding_).to(arithmetic_); }
+  at::Tensor rounded(const at::Tensor& x) const {
+    return rounding_ == at::kDouble ? x : x.to(rounding_).to(arithmetic_);
+  }
 
-  at::Tensor attend_chunk(int layer, const kv::SeqChunk& chunk, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v) {
+  at::Tensor attend_chunk(int layer, const kv::SeqChunk& chunk, const at::Tensor& q, const at::Tensor& k,
+                          const at::Tensor& v) {
     Sequence& s = at_seq(chunk.seq);
     Layer& stored = s.layers[static_cast<size_t>(layer)];
-    ROTUNDA_CHECK(at::isfinite(k).all().item<bool>() && at::isfinite(v).all().item<bool>(), "layer ", layer, ", sequence ", chunk.seq,
-                  ": keys or values are not finite");
+    ROTUNDA_CHECK(at::isfinite(k).all().item<bool>() && at::isfinite(v).all().item<bool>(), "layer ", layer,
+                  ", sequence ", chunk.seq, ": keys or values are not finite");
     const int64_t kv_len = s.kv_len + chunk.n_tokens;
     const at::Tensor positions = at::arange(s.kv_len, kv_len, at::TensorOptions().dtype(at::kLong));
     const auto [cos, sin] = model_.rope.cos_sin(positions, chunk.rope_len == 0 ? kv_len : chunk.rope_len);
@@ -157,13 +166,16 @@ class ReferenceCache final : public kv::KvCache {
     stored.v = at::cat({stored.v, rounded(v.to(arithmetic_))});
 
     const int64_t group = model_.n_heads / model_.n_kv_heads;
-    const at::Tensor queries = turned(q, cos, sin).transpose(0, 1);                         // [n_heads, T, head_dim]
-    const at::Tensor keys = stored.k.repeat_interleave(group, 1).permute({1, 2, 0});         // [n_heads, head_dim, kv_len]
-    const at::Tensor values = stored.v.repeat_interleave(group, 1).transpose(0, 1);         // [n_heads, kv_len, head_dim]
-    const at::Tensor age = positions.unsqueeze(1) - at::arange(kv_len, at::TensorOptions().dtype(at::kLong)).unsqueeze(0);
+    const at::Tensor queries = turned(q, cos, sin).transpose(0, 1);                   // [n_heads, T, head_dim]
+    const at::Tensor keys = stored.k.repeat_interleave(group, 1).permute({1, 2, 0});  // [n_heads, head_dim, kv_len]
+    const at::Tensor values = stored.v.repeat_interleave(group, 1).transpose(0, 1);   // [n_heads, kv_len, head_dim]
+    const at::Tensor age =
+        positions.unsqueeze(1) - at::arange(kv_len, at::TensorOptions().dtype(at::kLong)).unsqueeze(0);
     at::Tensor hidden = age.lt(0);  // [T, kv_len]
     if (model_.sliding_window > 0) hidden = hidden.logical_or(age.ge(model_.sliding_window));
-    const at::Tensor scores = at::matmul(queries, keys).mul(model_.softmax_scale).masked_fill(hidden, -std::numeric_limits<double>::infinity());
+    const at::Tensor scores = at::matmul(queries, keys)
+                                  .mul(model_.softmax_scale)
+                                  .masked_fill(hidden, -std::numeric_limits<double>::infinity());
     return at::matmul(at::softmax(scores, -1), values).transpose(0, 1).contiguous().to(model_.dtype);
   }
 

@@ -32,9 +32,13 @@ RopeSpec spec_of(const json& row) {
   const json& scaling = row["config"]["rope_scaling"];
   if (scaling.is_null()) return spec;
   const std::string type = scaling["rope_type"];
-  spec.type = type == "linear" ? RopeType::kLinear : type == "dynamic" ? RopeType::kDynamic : type == "llama3" ? RopeType::kLlama3 : RopeType::kYarn;
+  spec.type = type == "linear"    ? RopeType::kLinear
+              : type == "dynamic" ? RopeType::kDynamic
+              : type == "llama3"  ? RopeType::kLlama3
+                                  : RopeType::kYarn;
   spec.factor = scaling["factor"];
-  spec.original_max_position_embeddings = scaling.value("original_max_position_embeddings", spec.max_position_embeddings);
+  spec.original_max_position_embeddings =
+      scaling.value("original_max_position_embeddings", spec.max_position_embeddings);
   spec.low_freq_factor = scaling.value("low_freq_factor", 1.0);
   spec.high_freq_factor = scaling.value("high_freq_factor", 4.0);
   spec.beta_fast = scaling.value("beta_fast", 32.0);
@@ -52,7 +56,8 @@ TEST(RopeTest, FrequenciesEqualTransformers) {
     ASSERT_EQ(got.size(), row["inv_freq"].size());
     for (size_t i = 0; i < got.size(); ++i) {
       const double expected = row["inv_freq"][i];
-      EXPECT_NEAR(got[i], expected, 2.0 * std::numeric_limits<float>::epsilon() * expected) << row["config"] << " dim " << i;
+      EXPECT_NEAR(got[i], expected, 2.0 * std::numeric_limits<float>::epsilon() * expected)
+          << row["config"] << " dim " << i;
       EXPECT_EQ(got[i], static_cast<double>(static_cast<float>(got[i]))) << "frequencies are fp32 values";
     }
   }
@@ -70,8 +75,10 @@ TEST(RopeTest, CosinesAndSinesEqualTransformers) {
         // transformers rounds the angle to fp32: half an ulp of up to 63 radians, and what two ulps of frequency make of it.
         const double bound = 1e-6 + 3.0 * std::numeric_limits<float>::epsilon() * static_cast<double>(positions[t]);
         const auto index = static_cast<int64_t>(t);
-        EXPECT_NEAR(cos[index][static_cast<int64_t>(i)].item<float>(), row["cos"][t][i].get<double>(), bound) << row["config"];
-        EXPECT_NEAR(sin[index][static_cast<int64_t>(i)].item<float>(), row["sin"][t][i].get<double>(), bound) << row["config"];
+        EXPECT_NEAR(cos[index][static_cast<int64_t>(i)].item<float>(), row["cos"][t][i].get<double>(), bound)
+            << row["config"];
+        EXPECT_NEAR(sin[index][static_cast<int64_t>(i)].item<float>(), row["sin"][t][i].get<double>(), bound)
+            << row["config"];
         ++n_compared;
       }
     }
@@ -93,7 +100,8 @@ TEST(RopeTest, AnglesOfFarPositionsAreExact) {
   const auto [cos, sin] = rope.cos_sin(at::tensor(std::vector<int64_t>{position}), 0);
   const std::vector<double> inv_freq = rope.inv_freq(0);
   for (int64_t i = 0; i < 32; ++i) {
-    const long double angle = static_cast<long double>(position) * static_cast<long double>(inv_freq[static_cast<size_t>(i)]);
+    const long double angle =
+        static_cast<long double>(position) * static_cast<long double>(inv_freq[static_cast<size_t>(i)]);
     EXPECT_NEAR(cos[0][i].item<float>(), static_cast<double>(std::cos(angle)), 1e-7);
     EXPECT_NEAR(sin[0][i].item<float>(), static_cast<double>(std::sin(angle)), 1e-7);
   }
@@ -101,7 +109,11 @@ TEST(RopeTest, AnglesOfFarPositionsAreExact) {
 
 TEST(RopeTest, ApplyTurnsPairsAsComplexNumbers) {
   at::manual_seed(1);
-  const Rope rope(RopeSpec{.type = RopeType::kYarn, .head_dim = 8, .factor = 4.0, .original_max_position_embeddings = 16, .attention_factor = 1.2});
+  const Rope rope(RopeSpec{.type = RopeType::kYarn,
+                           .head_dim = 8,
+                           .factor = 4.0,
+                           .original_max_position_embeddings = 16,
+                           .attention_factor = 1.2});
   const at::Tensor wide = at::randn({5, 3, 2, 8});
   const at::Tensor x = wide.select(2, 1);  // strided rows, as a stacked projection gives them
   const std::vector<int64_t> positions = {0, 1, 7, 100, 31};
@@ -113,7 +125,8 @@ TEST(RopeTest, ApplyTurnsPairsAsComplexNumbers) {
       for (int64_t i = 0; i < 4; ++i) {
         const std::complex<double> turned =
             std::complex<double>(x[t][h][i].item<float>(), x[t][h][i + 4].item<float>()) *
-            std::polar(1.2, static_cast<double>(positions[static_cast<size_t>(t)]) * rope.inv_freq(0)[static_cast<size_t>(i)]);
+            std::polar(
+                1.2, static_cast<double>(positions[static_cast<size_t>(t)]) * rope.inv_freq(0)[static_cast<size_t>(i)]);
         EXPECT_NEAR(y[t][h][i].item<float>(), turned.real(), 2e-6);
         EXPECT_NEAR(y[t][h][i + 4].item<float>(), turned.imag(), 2e-6);
       }
@@ -136,10 +149,14 @@ TEST(RopeTest, RefusesBadSettings) {
   EXPECT_THAT(message({.head_dim = 8, .theta = 1.0}), testing::HasSubstr("rope_theta 1"));
   EXPECT_THAT(message({.head_dim = 8, .factor = 0.0}), testing::HasSubstr("factor 0"));
   EXPECT_THAT(message({.head_dim = 8, .factor = std::nan("")}), testing::HasSubstr("factor nan"));
-  EXPECT_THAT(message({.type = RopeType::kDynamic, .head_dim = 2, .max_position_embeddings = 4}), testing::HasSubstr("head_dim 2"));
-  EXPECT_THAT(message({.type = RopeType::kYarn, .head_dim = 8}), testing::HasSubstr("original_max_position_embeddings 0"));
-  EXPECT_THAT(message({.type = RopeType::kLlama3, .head_dim = 8, .original_max_position_embeddings = 8, .low_freq_factor = 4.0}),
-              testing::HasSubstr("low_freq_factor 4"));
+  EXPECT_THAT(message({.type = RopeType::kDynamic, .head_dim = 2, .max_position_embeddings = 4}),
+              testing::HasSubstr("head_dim 2"));
+  EXPECT_THAT(message({.type = RopeType::kYarn, .head_dim = 8}),
+              testing::HasSubstr("original_max_position_embeddings 0"));
+  EXPECT_THAT(
+      message(
+          {.type = RopeType::kLlama3, .head_dim = 8, .original_max_position_embeddings = 8, .low_freq_factor = 4.0}),
+      testing::HasSubstr("low_freq_factor 4"));
 }
 
 TEST(RopeTest, RefusesShapesThatDoNotFit) {

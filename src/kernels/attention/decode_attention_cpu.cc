@@ -39,9 +39,11 @@ HWY_INLINE LaneVec LoadElements(const std::byte* at) {
 
 /// Scores of kHeads query heads against one block of keys.
 /// @param q [kHeads][head_dim]  @param scores [kHeads] rows, `stride` apart
+/// @param next what is read after this block, as many bytes, fetched meanwhile: the processor's own prefetcher begins anew with each
+/// head, page and change between keys and values
 template <ElementType kType, int kHeads>
-HWY_INLINE void BlockScores(const std::byte* keys, const float* HWY_RESTRICT q, int head_dim, uint16_t mask, float* HWY_RESTRICT scores,
-                            int64_t stride) {
+HWY_INLINE void BlockScores(const std::byte* keys, const float* HWY_RESTRICT q, int head_dim, uint16_t mask, const std::byte* next,
+                            float* HWY_RESTRICT scores, int64_t stride) {
   const LaneTag d;
   constexpr int kBytes = element_bytes(kType);
   // A sum waits 4 cycles for the one before it: few heads need several sums each to keep both multipliers busy.
@@ -53,6 +55,10 @@ HWY_INLINE void BlockScores(const std::byte* keys, const float* HWY_RESTRICT q, 
     for (int i = 0; i < kHeads * kSums; ++i) sum[i] = hn::Zero(d);
     const std::byte* at = keys + lane * kBytes;
     for (int c = 0; c < head_dim; c += kSums) {
+      if (lane == 0) {
+        HWY_UNROLL(8)
+        for (int o = 0; o < kSums * kTokenBlock * kBytes; o += 64) hwy::Prefetch(next + c * kTokenBlock * kBytes + o);
+      }
       HWY_UNROLL(8)
       for (int k = 0; k < kSums; ++k) {
         const LaneVec key = LoadElements<kType>(at);
@@ -75,8 +81,8 @@ HWY_INLINE void BlockScores(const std::byte* keys, const float* HWY_RESTRICT q, 
 
 /// acc += weights * values for kVectors vectors of channels of kHeads query heads, over the attended tokens of one block.
 template <ElementType kType, int kHeads, int kVectors>
-HWY_INLINE void BlockValues(const std::byte* values, int64_t row_bytes, uint16_t mask, const float* HWY_RESTRICT weights, int64_t stride,
-                            float* HWY_RESTRICT acc, int head_dim) {
+HWY_INLINE void BlockValues(const std::byte* values, int64_t row_bytes, uint16_t mask, const std::byte* next,
+                            const float* HWY_RESTRICT weights, int64_t stride, float* HWY_RESTRICT acc, int head_dim) {
   const LaneTag d;
   constexpr int kBytes = element_bytes(kType);
   LaneVec sum[kHeads * kVectors];
@@ -89,6 +95,8 @@ HWY_INLINE void BlockValues(const std::byte* values, int64_t row_bytes, uint16_t
   for (uint32_t left = mask; left != 0; left &= left - 1) {
     const int t = std::countr_zero(left);
     const std::byte* const row = values + t * row_bytes;
+    HWY_UNROLL(4)
+    for (int o = 0; o < kVectors * kLanes * kBytes; o += 64) hwy::Prefetch(next + t * row_bytes + o);
     LaneVec weight[kHeads];
     HWY_UNROLL(4)
     for (int h = 0; h < kHeads; ++h) weight[h] = hn::Set(d, weights[h * stride + t]);
@@ -117,6 +125,13 @@ HWY_NOINLINE void Page(const PlainDecodeParams& p, int page, int first, float* H
   const uint16_t* const masks = p.run.masks + int64_t{page} * layout.blocks_per_page;
   const int64_t tokens = layout.page_tokens();
   const LaneVec none = hn::Set(d, -std::numeric_limits<float>::infinity());
+  const auto keys_of = [&](int block) { return bytes + layout.key_block_offset(p.kv_head, block); };
+  const auto values_of = [&](int block) { return bytes + layout.value_row_offset(p.kv_head, int64_t{block} * kTokenBlock); };
+  // The block after the last key block is the first value block; the one after that the next page's first key block, if it is wanted.
+  const auto attended_from = [&](int block) {
+    while (block < layout.blocks_per_page && masks[block] == 0) ++block;
+    return block;
+  };
   for (int block = 0; block < layout.blocks_per_page; ++block) {
     float* const to = scores + block * kTokenBlock;
     if (masks[block] == 0) {
@@ -125,8 +140,9 @@ HWY_NOINLINE void Page(const PlainDecodeParams& p, int page, int first, float* H
       }
       continue;
     }
-    BlockScores<kType, kHeads>(bytes + layout.key_block_offset(p.kv_head, block), p.q + int64_t{first} * head_dim, head_dim, masks[block],
-                               to, tokens);
+    const int after = attended_from(block + 1);
+    const std::byte* const next = after < layout.blocks_per_page ? keys_of(after) : values_of(attended_from(0));
+    BlockScores<kType, kHeads>(keys_of(block), p.q + int64_t{first} * head_dim, head_dim, masks[block], next, to, tokens);
   }
   for (int h = 0; h < kHeads; ++h) {
     SoftmaxStep(scores + h * tokens, static_cast<int>(tokens), p.state.max + first + h, p.state.sum + first + h,
@@ -138,13 +154,22 @@ HWY_NOINLINE void Page(const PlainDecodeParams& p, int page, int first, float* H
   for (int block = 0; block < layout.blocks_per_page; ++block) {
     if (masks[block] == 0) continue;
     const float* const weights = scores + block * kTokenBlock;
-    const std::byte* const values = bytes + layout.value_row_offset(p.kv_head, int64_t{block} * kTokenBlock);
+    const std::byte* const values = values_of(block);
+    const int after = attended_from(block + 1);
+    const std::byte* next = values;
+    if (after < layout.blocks_per_page) {
+      next = values_of(after);
+    } else if (page + 1 < p.run.n_pages && masks[layout.blocks_per_page] != 0) {
+      next = p.run.pages[page + 1] + layout.key_block_offset(p.kv_head, 0);
+    }
     int c = 0;
     for (; c + kVectors * kLanes <= head_dim; c += kVectors * kLanes) {
-      BlockValues<kType, kHeads, kVectors>(values + c * element_bytes(kType), row_bytes, masks[block], weights, tokens, acc + c, head_dim);
+      BlockValues<kType, kHeads, kVectors>(values + c * element_bytes(kType), row_bytes, masks[block], next + c * element_bytes(kType), weights,
+                                           tokens, acc + c, head_dim);
     }
     for (; c < head_dim; c += kLanes) {
-      BlockValues<kType, kHeads, 1>(values + c * element_bytes(kType), row_bytes, masks[block], weights, tokens, acc + c, head_dim);
+      BlockValues<kType, kHeads, 1>(values + c * element_bytes(kType), row_bytes, masks[block], next + c * element_bytes(kType), weights, tokens,
+                                    acc + c, head_dim);
     }
   }
 }

@@ -23,7 +23,8 @@ int read_int(const ConfigFile& config, const std::string& key, int64_t max, std:
 }
 
 // An id that stands in config.json and, where it says more, in generation_config.json: all of them, each once.
-std::vector<int64_t> read_token_ids(const ModelFolder& folder, const std::string& key, const std::vector<int64_t>& fallback, int64_t max) {
+std::vector<int64_t> read_token_ids(const ModelFolder& folder, const std::string& key,
+                                    const std::vector<int64_t>& fallback, int64_t max) {
   std::vector<int64_t> ids = folder.config.ids(key, max);
   if (!folder.config.has(key) && !folder.config.holds_null(key)) ids = fallback;
   if (folder.generation_config)
@@ -62,7 +63,8 @@ DecoderConfig read_decoder_config(const ModelFolder& folder, const DecoderDefaul
   config.n_heads = read_int(file, "num_attention_heads", kMaxHeads);
 
   const bool kv_heads_null = file.holds_null("num_key_value_heads");
-  config.n_kv_heads = read_int(file, "num_key_value_heads", kMaxHeads, kv_heads_null ? config.n_heads : defaults.n_kv_heads.value_or(config.n_heads));
+  config.n_kv_heads = read_int(file, "num_key_value_heads", kMaxHeads,
+                               kv_heads_null ? config.n_heads : defaults.n_kv_heads.value_or(config.n_heads));
   ROTUNDA_CHECK(config.n_heads % config.n_kv_heads == 0, file.where("num_key_value_heads"), " is ", config.n_kv_heads,
                 ", expected a divisor of num_attention_heads, ", config.n_heads);
 
@@ -102,10 +104,11 @@ int64_t read_switched_sliding_window(const ConfigFile& config, int n_layers) {
   if (config.has("layer_types")) {
     key = "layer_types";
     const std::vector<std::string> types = config.texts(key);
-    ROTUNDA_CHECK(static_cast<int64_t>(types.size()) == n_layers, config.where(key), " has ", types.size(), " entries, expected ", n_layers);
+    ROTUNDA_CHECK(static_cast<int64_t>(types.size()) == n_layers, config.where(key), " has ", types.size(),
+                  " entries, expected ", n_layers);
     for (const std::string& type : types) {
-      ROTUNDA_CHECK(type == "full_attention" || type == "sliding_attention", config.where(key), " names \"", type.substr(0, 60),
-                    "\", expected full_attention or sliding_attention");
+      ROTUNDA_CHECK(type == "full_attention" || type == "sliding_attention", config.where(key), " names \"",
+                    type.substr(0, 60), "\", expected full_attention or sliding_attention");
       n_windowed += type == "sliding_attention";
     }
   } else {

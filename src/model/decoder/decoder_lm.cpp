@@ -22,11 +22,11 @@ namespace rotunda::model {
 namespace {
 
 struct DecoderLayer {
-  at::Tensor attention_norm;   // [hidden_size]
+  at::Tensor attention_norm;  // [hidden_size]
   nn::LinearStack qkv;
-  at::Tensor q_norm, k_norm;   // [head_dim], or undefined
-  at::Tensor o_weight, o_bias; // [hidden_size, n_heads * head_dim], [hidden_size] or undefined
-  at::Tensor mlp_norm;         // [hidden_size]
+  at::Tensor q_norm, k_norm;    // [head_dim], or undefined
+  at::Tensor o_weight, o_bias;  // [hidden_size, n_heads * head_dim], [hidden_size] or undefined
+  at::Tensor mlp_norm;          // [hidden_size]
   nn::SwigluMlp mlp;
 };
 
@@ -39,7 +39,7 @@ struct Checkpoint {
 };
 
 struct DecoderWeights {
-  at::Tensor embedding;   // [vocab_size, hidden_size]
+  at::Tensor embedding;  // [vocab_size, hidden_size]
   std::vector<DecoderLayer> layers;
   at::Tensor final_norm;  // [hidden_size]
   at::Tensor head;        // [vocab_size, hidden_size]
@@ -47,8 +47,13 @@ struct DecoderWeights {
 
 class DecoderLm final : public CausalLm {
  public:
-  DecoderLm(DecoderConfig config, DecoderNames names, CausalLmInfo info, std::shared_ptr<Checkpoint> checkpoint, DecoderWeights weights)
-      : config_(std::move(config)), names_(std::move(names)), info_(std::move(info)), checkpoint_(std::move(checkpoint)), weights_(std::move(weights)) {}
+  DecoderLm(DecoderConfig config, DecoderNames names, CausalLmInfo info, std::shared_ptr<Checkpoint> checkpoint,
+            DecoderWeights weights)
+      : config_(std::move(config)),
+        names_(std::move(names)),
+        info_(std::move(info)),
+        checkpoint_(std::move(checkpoint)),
+        weights_(std::move(weights)) {}
 
   const CausalLmInfo& info() const override { return info_; }
 
@@ -66,8 +71,9 @@ class DecoderLm final : public CausalLm {
 
   at::Tensor logits(const at::Tensor& hidden) const override {
     const c10::InferenceMode no_grad;
-    ROTUNDA_CHECK(hidden.dim() == 2 && hidden.size(1) == config_.hidden_size && hidden.scalar_type() == info_.kv.dtype, "logits: hidden ",
-                  hidden.sizes(), " ", hidden.scalar_type(), ", expected [N, ", config_.hidden_size, "] ", info_.kv.dtype);
+    ROTUNDA_CHECK(hidden.dim() == 2 && hidden.size(1) == config_.hidden_size && hidden.scalar_type() == info_.kv.dtype,
+                  "logits: hidden ", hidden.sizes(), " ", hidden.scalar_type(), ", expected [N, ", config_.hidden_size,
+                  "] ", info_.kv.dtype);
     return at::linear(hidden, weights_.head).to(at::kFloat);  // [N, vocab_size]
   }
 
@@ -97,13 +103,13 @@ class DecoderLm final : public CausalLm {
   }
 
   void check_tokens(const at::Tensor& tokens) const {
-    ROTUNDA_CHECK(tokens.dim() == 1 && tokens.scalar_type() == at::kLong && tokens.size(0) > 0, "forward: tokens ", tokens.sizes(), " ",
-                  tokens.scalar_type(), ", expected [T] Long with T > 0");
+    ROTUNDA_CHECK(tokens.dim() == 1 && tokens.scalar_type() == at::kLong && tokens.size(0) > 0, "forward: tokens ",
+                  tokens.sizes(), " ", tokens.scalar_type(), ", expected [T] Long with T > 0");
     const at::Tensor contiguous = tokens.contiguous();
     const int64_t* ids = contiguous.const_data_ptr<int64_t>();
     for (int64_t t = 0; t < tokens.size(0); ++t)
-      ROTUNDA_CHECK(ids[t] >= 0 && ids[t] < config_.vocab_size, "forward: token ", t, " is ", ids[t], ", expected an id from 0 to ",
-                    config_.vocab_size - 1);
+      ROTUNDA_CHECK(ids[t] >= 0 && ids[t] < config_.vocab_size, "forward: token ", t, " is ", ids[t],
+                    ", expected an id from 0 to ", config_.vocab_size - 1);
   }
 
   kv::ProjectionWeights original_projections(int layer) const;
@@ -119,7 +125,8 @@ class DecoderLm final : public CausalLm {
 // As the checkpoint has them, in fp32; copies, so that a format may write to them.
 kv::ProjectionWeights DecoderLm::original_projections(int layer) const {
   const auto read = [&](const std::string& name) {
-    return checkpoint_->index.tensor(names_.in_layer(layer, name)).to(at::kFloat, /*non_blocking=*/false, /*copy=*/true);
+    return checkpoint_->index.tensor(names_.in_layer(layer, name))
+        .to(at::kFloat, /*non_blocking=*/false, /*copy=*/true);
   };
   kv::ProjectionWeights p;
   p.q_weight = read(names_.q + ".weight");
@@ -145,7 +152,8 @@ void DecoderLm::replace_projections(const kv::ProjectionWeights& fused, DecoderL
   for (size_t i = 0; i < weights.size(); ++i) {
     const at::Tensor old_weight = layer.qkv.weight(i);
     const at::Tensor old_bias = layer.qkv.bias(i);
-    ROTUNDA_ASSERT(weights[i]->sizes() == old_weight.sizes() && biases[i]->defined() == old_bias.defined(), "fused shape ", weights[i]->sizes());
+    ROTUNDA_ASSERT(weights[i]->sizes() == old_weight.sizes() && biases[i]->defined() == old_bias.defined(),
+                   "fused shape ", weights[i]->sizes());
     at::Tensor weight = weights[i]->to(dtype);
     at::Tensor bias = old_bias.defined() ? biases[i]->to(dtype) : old_bias;
     const bool same = at::equal(weight, old_weight) && (!bias.defined() || at::equal(bias, old_bias));
@@ -181,8 +189,8 @@ std::shared_ptr<const CausalLm> DecoderLm::with_kv_format(const kv::KvFormat& fo
 }
 
 // Tensors that nothing reads: one line in the log, for they may mean that the model is another than config.json says.
-void warn_of_extra_tensors(const io::CheckpointIndex& index, const std::vector<TensorShape>& implied, const DecoderConfig& config,
-                           const DecoderNames& names) {
+void warn_of_extra_tensors(const io::CheckpointIndex& index, const std::vector<TensorShape>& implied,
+                           const DecoderConfig& config, const DecoderNames& names) {
   std::set<std::string> known;
   for (const TensorShape& tensor : implied) known.insert(tensor.name);
   if (config.tied_embeddings) known.insert(names.head);  // many tied checkpoints store the embedding twice
@@ -193,13 +201,15 @@ void warn_of_extra_tensors(const io::CheckpointIndex& index, const std::vector<T
     if (n_extra++ == 0) first = name;
   }
   if (n_extra > 0)
-    ROTUNDA_LOG_WARN("{}: {} tensors have no place in {}, {} for one; ignored", index.model_dir().string(), n_extra, config.architecture, first);
+    ROTUNDA_LOG_WARN("{}: {} tensors have no place in {}, {} for one; ignored", index.model_dir().string(), n_extra,
+                     config.architecture, first);
 }
 
 // The loader's calls by the names and shapes of one model.
 class DecoderLoader {
  public:
-  DecoderLoader(const DecoderNames& names, const std::vector<TensorShape>& implied, WeightLoader& loader) : names_(names), loader_(loader) {
+  DecoderLoader(const DecoderNames& names, const std::vector<TensorShape>& implied, WeightLoader& loader)
+      : names_(names), loader_(loader) {
     for (const TensorShape& tensor : implied) sizes_.emplace(tensor.name, tensor.sizes);
   }
 
@@ -260,8 +270,8 @@ CausalLmInfo decoder_info(const DecoderConfig& config, const DecoderNames& names
   return info;
 }
 
-std::shared_ptr<const CausalLm> load_decoder_lm(const ModelFolder& folder, const DecoderConfig& config, const DecoderNames& names,
-                                                const CausalLmOptions& options) {
+std::shared_ptr<const CausalLm> load_decoder_lm(const ModelFolder& folder, const DecoderConfig& config,
+                                                const DecoderNames& names, const CausalLmOptions& options) {
   const c10::InferenceMode no_grad;
   CausalLmInfo info = decoder_info(config, names, options.dtype);
   const auto checkpoint = std::make_shared<Checkpoint>(folder.dir);
@@ -292,12 +302,14 @@ std::shared_ptr<const CausalLm> load_decoder_lm(const ModelFolder& folder, const
   return std::make_shared<DecoderLm>(config, names, std::move(info), checkpoint, std::move(weights));
 }
 
-ModelFamily decoder_family(const std::string& architecture, DecoderConfig (*read_config)(const ModelFolder&), const DecoderNames& names) {
-  return {architecture,
-          [=](const ModelFolder& folder, at::ScalarType dtype) { return decoder_info(read_config(folder), names, dtype); },
-          [=](const ModelFolder& folder, const CausalLmOptions& options) {
-            return load_decoder_lm(folder, read_config(folder), names, options);
-          }};
+ModelFamily decoder_family(const std::string& architecture, DecoderConfig (*read_config)(const ModelFolder&),
+                           const DecoderNames& names) {
+  return {
+      architecture,
+      [=](const ModelFolder& folder, at::ScalarType dtype) { return decoder_info(read_config(folder), names, dtype); },
+      [=](const ModelFolder& folder, const CausalLmOptions& options) {
+        return load_decoder_lm(folder, read_config(folder), names, options);
+      }};
 }
 
 }  // namespace rotunda::model

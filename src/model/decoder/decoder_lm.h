@@ -13,8 +13,8 @@ namespace rotunda::model {
 CausalLmInfo decoder_info(const DecoderConfig& config, const DecoderNames& names, at::ScalarType dtype);
 
 /// Loads the weights of a decoder. See load_causal_lm.
-std::shared_ptr<const CausalLm> load_decoder_lm(const ModelFolder& folder, const DecoderConfig& config, const DecoderNames& names,
-                                                const CausalLmOptions& options);
+std::shared_ptr<const CausalLm> load_decoder_lm(const ModelFolder& folder, const DecoderConfig& config,
+                                                const DecoderNames& names, const CausalLmOptions& options);
 
 /// A family that differs from the other decoders in its config and its names alone.
 ModelFamily decoder_family(const std::string& architecture, DecoderConfig (*read_config)(const ModelFolder&),

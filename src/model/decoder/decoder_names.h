@@ -27,7 +27,9 @@ struct DecoderNames {
   std::string down = "mlp.down_proj";
 
   /// The full name of a layer's tensor: in_layer(3, q + ".bias").
-  std::string in_layer(int layer, const std::string& name) const { return layers + "." + std::to_string(layer) + "." + name; }
+  std::string in_layer(int layer, const std::string& name) const {
+    return layers + "." + std::to_string(layer) + "." + name;
+  }
 };
 
 /// One tensor that a checkpoint must hold.

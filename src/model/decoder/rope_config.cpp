@@ -40,13 +40,26 @@ ops::RopeType read_rope_type(const ConfigFile& settings, bool type_may_be_absent
 }
 
 void check_keys(const ConfigFile& settings) {
-  static constexpr std::array<std::string_view, 14> kKnown = {
-      "rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings", "attention_factor", "beta_fast",
-      "beta_slow", "mscale", "mscale_all_dim", "truncate", "low_freq_factor", "high_freq_factor", "partial_rotary_factor"};
+  static constexpr std::array<std::string_view, 14> kKnown = {"rope_type",
+                                                              "type",
+                                                              "rope_theta",
+                                                              "factor",
+                                                              "original_max_position_embeddings",
+                                                              "attention_factor",
+                                                              "beta_fast",
+                                                              "beta_slow",
+                                                              "mscale",
+                                                              "mscale_all_dim",
+                                                              "truncate",
+                                                              "low_freq_factor",
+                                                              "high_freq_factor",
+                                                              "partial_rotary_factor"};
   for (const std::string& key : settings.keys()) {
     // Settings per layer type would make one rotary embedding per layer.
-    ROTUNDA_CHECK(!settings.is_object(key), settings.where(key), " is an object, expected the settings of one rotary embedding for all layers");
-    if (std::find(kKnown.begin(), kKnown.end(), key) == kKnown.end()) ROTUNDA_LOG_WARN("{} is not a known setting; ignored", settings.where(key));
+    ROTUNDA_CHECK(!settings.is_object(key), settings.where(key),
+                  " is an object, expected the settings of one rotary embedding for all layers");
+    if (std::find(kKnown.begin(), kKnown.end(), key) == kKnown.end())
+      ROTUNDA_LOG_WARN("{} is not a known setting; ignored", settings.where(key));
   }
 }
 
@@ -59,8 +72,8 @@ double read_attention_factor(const ConfigFile& settings, double factor) {
   const double mscale_all_dim = settings.number("mscale_all_dim", 0.0);
   if (mscale == 0.0 || mscale_all_dim == 0.0) return yarn_mscale(factor, 1.0);
   const double ratio = yarn_mscale(factor, mscale) / yarn_mscale(factor, mscale_all_dim);
-  ROTUNDA_CHECK(std::isfinite(ratio) && ratio > 0.0, settings.where("mscale"), " is ", mscale, " with mscale_all_dim ", mscale_all_dim,
-                ", expected values that give a positive attention factor");
+  ROTUNDA_CHECK(std::isfinite(ratio) && ratio > 0.0, settings.where("mscale"), " is ", mscale, " with mscale_all_dim ",
+                mscale_all_dim, ", expected values that give a positive attention factor");
   return ratio;
 }
 
@@ -77,8 +90,8 @@ void read_scaling(const ConfigFile& settings, int64_t max_position_embeddings, o
     spec.original_max_position_embeddings = settings.integer("original_max_position_embeddings", 1, kMaxPositions);
     spec.low_freq_factor = settings.positive("low_freq_factor");
     spec.high_freq_factor = settings.positive("high_freq_factor");
-    ROTUNDA_CHECK(spec.high_freq_factor > spec.low_freq_factor, settings.where("high_freq_factor"), " is ", spec.high_freq_factor,
-                  ", expected more than low_freq_factor, ", spec.low_freq_factor);
+    ROTUNDA_CHECK(spec.high_freq_factor > spec.low_freq_factor, settings.where("high_freq_factor"), " is ",
+                  spec.high_freq_factor, ", expected more than low_freq_factor, ", spec.low_freq_factor);
   }
   if (spec.type == ops::RopeType::kYarn) {
     spec.original_max_position_embeddings = settings.integer("original_max_position_embeddings", 0, kMaxPositions, 0);
@@ -122,8 +135,10 @@ ops::RopeSpec read_rope_spec(const ConfigFile& config, int head_dim, int64_t max
     read_scaling(*settings, max_position_embeddings, spec);
   }
   constexpr double kMaxTheta = 1e30;  // its powers stay finite in fp32
-  ROTUNDA_CHECK(spec.theta > 1.0 && spec.theta <= kMaxTheta, theta_at, " is ", spec.theta, ", expected a number above 1, up to ", kMaxTheta);
-  for (const ConfigFile& holder : settings ? std::vector<ConfigFile>{config, *settings} : std::vector<ConfigFile>{config})
+  ROTUNDA_CHECK(spec.theta > 1.0 && spec.theta <= kMaxTheta, theta_at, " is ", spec.theta,
+                ", expected a number above 1, up to ", kMaxTheta);
+  for (const ConfigFile& holder :
+       settings ? std::vector<ConfigFile>{config, *settings} : std::vector<ConfigFile>{config})
     ROTUNDA_CHECK(holder.number("partial_rotary_factor", 1.0) == 1.0, holder.where("partial_rotary_factor"), " is ",
                   holder.number("partial_rotary_factor"), ", expected 1: every channel of a head is turned");
   return spec;

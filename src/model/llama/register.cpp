@@ -5,7 +5,8 @@ namespace rotunda::model {
 namespace {
 
 DecoderConfig read_config(const ModelFolder& folder) {
-  DecoderConfig config = read_decoder_config(folder, {.n_kv_heads = {}, .head_dim = {}, .bos_token_ids = {1}, .eos_token_ids = {2}});
+  DecoderConfig config =
+      read_decoder_config(folder, {.n_kv_heads = {}, .head_dim = {}, .bos_token_ids = {1}, .eos_token_ids = {2}});
   config.qkv_bias = config.o_bias = folder.config.flag("attention_bias", false);
   config.mlp_bias = folder.config.flag("mlp_bias", false);
   return config;

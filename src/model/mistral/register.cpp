@@ -5,9 +5,11 @@ namespace rotunda::model {
 namespace {
 
 DecoderConfig read_config(const ModelFolder& folder) {
-  DecoderConfig config = read_decoder_config(folder, {.n_kv_heads = 8, .head_dim = {}, .bos_token_ids = {1}, .eos_token_ids = {2}});
+  DecoderConfig config =
+      read_decoder_config(folder, {.n_kv_heads = 8, .head_dim = {}, .bos_token_ids = {1}, .eos_token_ids = {2}});
   // An absent key stands for the window of the first Mistral 7B; null, as later ones have it, for none.
-  if (!folder.config.holds_null("sliding_window")) config.sliding_window = folder.config.integer("sliding_window", 1, kMaxContext, 4096);
+  if (!folder.config.holds_null("sliding_window"))
+    config.sliding_window = folder.config.integer("sliding_window", 1, kMaxContext, 4096);
   return config;
 }
 

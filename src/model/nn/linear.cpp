@@ -27,7 +27,8 @@ std::vector<at::Tensor> LinearStack::operator()(const at::Tensor& x) const {
   return results;
 }
 
-at::Tensor linear_add(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias, const at::Tensor& residual) {
+at::Tensor linear_add(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias,
+                      const at::Tensor& residual) {
   // One call for GEMM and sum; in 16 bits the plain GEMM takes a faster path, and the sum is rounded as Hugging Face does.
   if (!bias.defined() && x.scalar_type() == at::kFloat) return at::addmm(residual, x, weight.t());
   return at::linear(x, weight, bias).add_(residual);

@@ -29,6 +29,7 @@ struct LinearStack {
 
 /// x times the transpose of `weight`, plus `bias` where it is defined, plus `residual`.
 /// @param x [T, in]   @param weight [out, in]   @param bias [out]   @param residual [T, out], left as it is
-at::Tensor linear_add(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias, const at::Tensor& residual);
+at::Tensor linear_add(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias,
+                      const at::Tensor& residual);
 
 }  // namespace rotunda::model::nn

@@ -183,15 +183,18 @@ HWY_INLINE void Butterflies(LaneVec* x) {
 }
 
 /// Unpacks a block of a rotation group and transforms each run of kLow channels (half a head): all but the last pass.
-/// @param keys [group_channels][kLanes]
+/// @param next_words of the block to come, fetched meanwhile  @param keys [group_channels][kLanes]
 template <int kBits, int kLow>
-HWY_NOINLINE void UnpackAndTransform(const uint32_t* HWY_RESTRICT words, int group_channels, const float* HWY_RESTRICT table,
-                                     const int32_t* HWY_RESTRICT table_at, float* HWY_RESTRICT keys) {
+HWY_NOINLINE void UnpackAndTransform(const uint32_t* HWY_RESTRICT words, const uint32_t* next_words, int group_channels,
+                                     const float* HWY_RESTRICT table, const int32_t* HWY_RESTRICT table_at, float* HWY_RESTRICT keys) {
   const LaneTag d;
   constexpr int kRest = kLow / 8;
   for (int base = 0; base < group_channels; base += kLow) {
     float* const run = keys + base * kLanes;
     for (int c = 0; c < kLow; c += 16) {
+      // As many words as 16 channels take, a cache line each; the odd words of 3 bits are left to the processor.
+      hwy::Prefetch(next_words + (base + c) / 16 * (kBits == 4 ? 2 : 1) * kTokenBlock);
+      if constexpr (kBits == 4) hwy::Prefetch(next_words + ((base + c) / 16 * 2 + 1) * kTokenBlock);
       LaneVec x[16];
       Unpack16<kBits>(words, group_channels, base + c, table, table_at, x, x + 8);
       Butterflies<8>(x);
@@ -352,6 +355,30 @@ HWY_INLINE const uint32_t* BlockWords(const RotatePageLayout& l, const std::byte
   return reinterpret_cast<const uint32_t*>(page) + (int64_t{group} * l.blocks_per_page + block) * l.key_words() * kTokenBlock;
 }
 
+HWY_INLINE void PrefetchBytes(const std::byte* at, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) hwy::Prefetch(at + i);
+}
+
+/// Asks for the scales and zeros of a block, of keys or of values. Codes, scales and zeros lie in places of their own and pages
+/// anywhere: the processor's own prefetcher begins anew with each of them.
+HWY_INLINE void PrefetchScales(const RotatePageLayout& l, const std::byte* page, int64_t scales, int64_t zeros, int block) {
+  const int64_t meta = int64_t{block} * l.n_quant_groups() * kTokenBlock;
+  PrefetchBytes(page + scales + meta * 2, int64_t{l.n_quant_groups()} * kTokenBlock * 2);
+  PrefetchBytes(page + zeros + meta * l.zero_bytes(), int64_t{l.n_quant_groups()} * kTokenBlock * l.zero_bytes());
+}
+
+/// Asks for a share of the first KiB of each head's values in a page, so that a page's blocks ask for all of it between them; the
+/// processor finds the rest of the run by itself. In shares because a core waits once it has asked for some 16 lines.
+HWY_INLINE void PrefetchValues(const RotatePageLayout& l, const std::byte* page, int group, int block) {
+  const int64_t head_bytes = l.page_tokens() * l.value_row_bytes();
+  const int64_t share = std::min<int64_t>(1024, head_bytes) / l.blocks_per_page;
+  for (int h = 0; h < l.heads_per_group; ++h) {
+    const int64_t head = int64_t{group} * l.heads_per_group + h;
+    PrefetchBytes(page + l.value_codes_offset() + head * head_bytes + block * share, share);
+  }
+  PrefetchScales(l, page, l.value_scale_offset(), l.value_zero_offset(), block);
+}
+
 /// Whether the transform ends in a pass over half heads.
 HWY_INLINE bool Fused(const RotateLayer& layer) {
   const RotatePageLayout& l = layer.layout;
@@ -390,8 +417,10 @@ HWY_INLINE bool FusedScores(int n_q_per_kv, const float* keys, int half, const f
 }
 
 /// Scores of one block into work.scores.
+/// @param next_words of the block after it, fetched meanwhile
 template <int kBits>
-void BlockScores(const RotateDecodeParams& p, const DecodeWork& work, bool fused, const std::byte* page, int block, uint16_t mask) {
+void BlockScores(const RotateDecodeParams& p, const DecodeWork& work, bool fused, const std::byte* page, int block, uint16_t mask,
+                 const uint32_t* next_words) {
   const RotateLayer& layer = *p.layer;
   const RotatePageLayout& l = layer.layout;
   const int half = l.head_dim / 2;
@@ -413,9 +442,9 @@ void BlockScores(const RotateDecodeParams& p, const DecodeWork& work, bool fused
   for (int lane = 0; lane < kTokenBlock; lane += kLanes) {
     const float* const table = work.table + lane;
     switch (l.head_dim) {
-      case 64: UnpackAndTransform<kBits, 32>(words + lane, n, table, work.table_at, work.keys); break;
-      case 128: UnpackAndTransform<kBits, 64>(words + lane, n, table, work.table_at, work.keys); break;
-      default: UnpackAndTransform<kBits, 128>(words + lane, n, table, work.table_at, work.keys); break;
+      case 64: UnpackAndTransform<kBits, 32>(words + lane, next_words, n, table, work.table_at, work.keys); break;
+      case 128: UnpackAndTransform<kBits, 64>(words + lane, next_words, n, table, work.table_at, work.keys); break;
+      default: UnpackAndTransform<kBits, 128>(words + lane, next_words, n, table, work.table_at, work.keys); break;
     }
     bool done = false;
     switch (l.heads_per_group) {
@@ -661,7 +690,14 @@ void Decode(const RotateDecodeParams& p) {
     }
     for (int block = 0; block < l.blocks_per_page; ++block) {
       if (masks[block] != 0) {
-        BlockScores<kBits>(p, work, fused, page, block, masks[block]);
+        PrefetchValues(l, page, p.rotation_group, block);
+        // The block after this one, in this page or the next, or once more this one.
+        const bool last = block + 1 == l.blocks_per_page;
+        const bool more = (!last || index + 1 < p.run.n_pages) && masks[block + 1] != 0;
+        const std::byte* const next_page = more && last ? p.run.pages[index + 1] : page;
+        const int next = !more ? block : last ? 0 : block + 1;
+        PrefetchScales(l, next_page, l.key_scale_offset(), l.key_zero_offset(), next);
+        BlockScores<kBits>(p, work, fused, page, block, masks[block], BlockWords(l, next_page, p.rotation_group, next));
         continue;
       }
       for (int h = 0; h < n_q; ++h) {

@@ -61,11 +61,17 @@ std::vector<float> random_rows(int64_t count, unsigned seed, float spread = 1.0F
   return x;
 }
 
+/// @param every take each every-th shape only, beginning with another one for each format, except for the first format, which takes
+/// them all: the reference multiplies by the dense matrix for each token
 template <typename Body>
-void for_each_format(const Body& body) {
+void for_each_format(const Body& body, int every = 1) {
+  int format = 0;
   for (const int bits : {2, 3, 4}) {
     for (const ZeroPoint zero : {ZeroPoint::kCode, ZeroPoint::kMinimum}) {
+      const int first = format++;
+      int index = 0;
       for (const Shape& shape : kShapes) {
+        if (first != 0 && (index++ + first) % every != 0) continue;
         SCOPED_TRACE(::testing::Message() << "bits " << bits << " zero " << static_cast<int>(zero) << " heads " << shape.n_kv_heads << " x "
                                           << shape.head_dim << " rotated by " << shape.heads_per_group << " group " << shape.group_size);
         body(bits, zero, shape);
@@ -313,10 +319,10 @@ void expect_same(State& got, State& want, int head_dim) {
 TEST(RotateDecode, EqualsReference) {
   for_each_format([](int bits, ZeroPoint zero, const Shape& shape) {
     const Layer l(shape, bits, zero, 2);
-    const Sequence s(l, 2, 45);
+    const Sequence s(l, 2, 37);
     const int group = l.layer.layout.n_rotation_groups() - 1;
     for (const int n_q_per_kv : {1, 2, 3, 4, 7}) {
-      if (n_q_per_kv > 2 && bits != 2) continue;  // heads do not see bits
+      if (n_q_per_kv != 4 && (bits != 2 || shape.heads_per_group * shape.head_dim > 256)) continue;  // how heads are shared out does not see bits
       const int n_q = n_q_per_kv * shape.heads_per_group;
       const std::vector<float> q = random_q(n_q, shape.head_dim);
       State want(n_q, shape.head_dim);
@@ -328,7 +334,7 @@ TEST(RotateDecode, EqualsReference) {
         expect_same(got, want, shape.head_dim);
       });
     }
-  });
+  }, 5);
 }
 
 TEST(RotateDecode, MasksChooseTokens) {
@@ -460,7 +466,7 @@ TEST(RotateLoad, EqualsReference) {
       for (size_t i = 0; i < key.size(); ++i) ASSERT_NEAR(key[i], want_key[i], 2e-5) << i;
       for (size_t i = 0; i < value.size(); ++i) ASSERT_NEAR(value[i], want_value[i], 4e-6) << i;
     });
-  });
+  }, 5);
 }
 
 }  // namespace
