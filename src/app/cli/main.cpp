@@ -78,8 +78,8 @@ int run_program(int argc, char** argv) {
     if (error.get_exit_code() == 0) return app.exit(error);  // --help, --version
     return fail(kExitUser, std::string(error.what()) + " (see --help)");
   }
-  // Not InferenceMode: threads of the pool, which load weights too, would stand outside of it.
-  const c10::AutoGradMode no_autograd(false);
+  // Not InferenceMode: caches write tensors from threads of the pool, which it does not reach.
+  const c10::NoGradGuard no_autograd;
   return run();
 }
 
