@@ -10,6 +10,7 @@
 #include <memory>
 #include <new>
 #include <string>
+#include <vector>
 
 #include "app/cli/commands.h"
 #include "app/cli/version.h"
@@ -76,7 +77,10 @@ int run_program(int argc, char** argv) {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& error) {
     if (error.get_exit_code() == 0) return app.exit(error);  // --help, --version
-    return fail(kExitUser, std::string(error.what()) + " (see --help)");
+    // CLI11 looks for a missing command before it looks at words that it does not know.
+    const std::vector<std::string> unknown = app.remaining(/*recurse=*/true);
+    const bool no_command = dynamic_cast<const CLI::RequiredError*>(&error) != nullptr && !unknown.empty();
+    return fail(kExitUser, (no_command ? "unknown argument '" + unknown.front() + "'" : std::string(error.what())) + " (see --help)");
   }
   // Not InferenceMode: caches write tensors from threads of the pool, which it does not reach.
   const c10::NoGradGuard no_autograd;
