@@ -212,7 +212,8 @@ TEST_F(CliTest, InfoAndFormatsNameEveryFormat) {
     EXPECT_THAT(formats.out, HasSubstr(std::string(name) + ": "));
     EXPECT_THAT(info.out, HasSubstr(name));
   }
-  for (const json& result : read_json("out.json").at("results")) EXPECT_GT(result.at("longest_context"), 2048);
+  const json report = read_json("out.json");
+  for (const json& result : report.at("results")) EXPECT_GT(result.at("longest_context"), 2048);
 }
 
 }  // namespace
