@@ -131,7 +131,7 @@ std::vector<at::Tensor> run_deploy(const KvBinding& binding, kv::KvCache& cache,
     outcome.tokens += context_rest + static_cast<int64_t>(answer.size());
     rows.push_back(at::cat(parts));
   }
-  outcome.usage = cache.usage();
+  outcome.usage = usage_of_distinct(cache, outcome.tokens);
   return rows;
 }
 

@@ -134,7 +134,9 @@ AccuracyReport evaluate_gsm8k(const Session& session, const Gsm8kOptions& option
                                                          generation, /*keep_sequences=*/true);
         gathered.seconds += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
         gathered.tokens += result.prompt_tokens + result.new_tokens;
-        gathered.usage.add(lane.cache->usage());
+        int64_t distinct_tokens = static_cast<int64_t>(shared_len);
+        for (const Continuation& input : inputs) distinct_tokens += lane.cache->kv_len(input.seq) - static_cast<int64_t>(shared_len);
+        gathered.usage.add(usage_of_distinct(*lane.cache, distinct_tokens));
         for (const Continuation& input : inputs) lane.cache->release(input.seq);
         if (result.interrupted()) throw Interrupted();
         for (size_t i = 0; i < n; ++i) {

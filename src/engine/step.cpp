@@ -44,6 +44,12 @@ at::Tensor run_prefill(const model::CausalLm& model, kv::KvCache& cache, kv::Seq
   return parts.size() == 1 ? parts.front() : at::cat(parts);
 }
 
+kv::KvUsage usage_of_distinct(const kv::KvCache& cache, int64_t distinct_tokens) {
+  kv::KvUsage usage = cache.usage();
+  usage.elements = 2 * distinct_tokens * cache.model().kv_channels() * cache.model().n_layers;
+  return usage;
+}
+
 void UsageTally::add(const kv::KvUsage& usage) {
   sum_bytes_ += static_cast<double>(usage.cache_bytes());
   sum_elements_ += static_cast<double>(usage.elements);

@@ -37,6 +37,9 @@ class SequenceGuard {
   kv::SeqId seq_;
 };
 
+/// The usage of a cache whose sequences share tokens through forks, with those counted once among the elements too.
+kv::KvUsage usage_of_distinct(const kv::KvCache& cache, int64_t distinct_tokens);
+
 /// Sums up what caches of many items took.
 class UsageTally {
  public:

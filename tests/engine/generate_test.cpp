@@ -51,7 +51,8 @@ TEST_F(GenerateTest, GreedyEqualsDecodingWithoutACacheForEveryChunkLength) {
 }
 
 TEST_F(GenerateTest, ABatchEqualsItsPromptsAlone) {
-  const std::vector<std::string> prompts = {"a", "some words", std::string(100, 'x') + "!", "b c d", "the end"};
+  std::vector<std::string> prompts = {"a", "some words", "", "b c d", "the end"};
+  prompts[2].assign(100, 'x');
   for (const char* spec : {"fp32", "bf16", "rotate2:recent=16,sinks=4,reorder=none"}) {
     const KvBinding binding = toy::bind(session_, spec);
     GenerateRequest together = request_of(prompts, 12);

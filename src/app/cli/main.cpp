@@ -1,6 +1,6 @@
 // The program `rotunda`: reads the command line, calls the engine, prints.
 
-#include <c10/core/InferenceMode.h>
+#include <c10/core/GradMode.h>
 #include <c10/util/Exception.h>
 #include <spdlog/sinks/stdout_sinks.h>
 #include <spdlog/spdlog.h>
@@ -10,6 +10,7 @@
 #include <memory>
 #include <new>
 #include <string>
+#include <vector>
 
 #include "app/cli/commands.h"
 #include "app/cli/version.h"
@@ -76,9 +77,13 @@ int run_program(int argc, char** argv) {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& error) {
     if (error.get_exit_code() == 0) return app.exit(error);  // --help, --version
-    return fail(kExitUser, std::string(error.what()) + " (see --help)");
+    // CLI11 looks for a missing command before it looks at words that it does not know.
+    const std::vector<std::string> unknown = app.remaining(/*recurse=*/true);
+    const bool no_command = dynamic_cast<const CLI::RequiredError*>(&error) != nullptr && !unknown.empty();
+    return fail(kExitUser, (no_command ? "unknown argument '" + unknown.front() + "'" : std::string(error.what())) + " (see --help)");
   }
-  const c10::InferenceMode no_autograd;
+  // Not InferenceMode: caches write tensors from threads of the pool, which it does not reach.
+  const c10::NoGradGuard no_autograd;
   return run();
 }
 

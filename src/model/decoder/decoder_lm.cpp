@@ -1,7 +1,7 @@
 #include "model/decoder/decoder_lm.h"
 
 #include <ATen/ATen.h>
-#include <c10/core/InferenceMode.h>
+#include <c10/core/GradMode.h>
 
 #include <algorithm>
 #include <array>
@@ -58,7 +58,7 @@ class DecoderLm final : public CausalLm {
   const CausalLmInfo& info() const override { return info_; }
 
   at::Tensor forward(const at::Tensor& tokens, kv::KvCache& cache) const override {
-    const c10::InferenceMode no_grad;
+    const c10::NoGradGuard no_grad;
     check_tokens(tokens);
     at::Tensor x = at::embedding(weights_.embedding, tokens);  // [T, hidden_size]
     for (int layer = 0; layer < config_.n_layers; ++layer) {
@@ -70,7 +70,7 @@ class DecoderLm final : public CausalLm {
   }
 
   at::Tensor logits(const at::Tensor& hidden) const override {
-    const c10::InferenceMode no_grad;
+    const c10::NoGradGuard no_grad;
     ROTUNDA_CHECK(hidden.dim() == 2 && hidden.size(1) == config_.hidden_size && hidden.scalar_type() == info_.kv.dtype,
                   "logits: hidden ", hidden.sizes(), " ", hidden.scalar_type(), ", expected [N, ", config_.hidden_size,
                   "] ", info_.kv.dtype);
@@ -175,7 +175,7 @@ void DecoderLm::replace_projections(const kv::ProjectionWeights& fused, DecoderL
 }
 
 std::shared_ptr<const CausalLm> DecoderLm::with_kv_format(const kv::KvFormat& format, const kv::KvSpec& spec) const {
-  const c10::InferenceMode no_grad;
+  const c10::NoGradGuard no_grad;
   format.validate(spec);
   const std::optional<std::string> reason = format.unsupported_reason(spec, info_.kv);
   ROTUNDA_CHECK(!reason, checkpoint_->index.model_dir().string(), ": ", *reason);
@@ -272,7 +272,7 @@ CausalLmInfo decoder_info(const DecoderConfig& config, const DecoderNames& names
 
 std::shared_ptr<const CausalLm> load_decoder_lm(const ModelFolder& folder, const DecoderConfig& config,
                                                 const DecoderNames& names, const CausalLmOptions& options) {
-  const c10::InferenceMode no_grad;
+  const c10::NoGradGuard no_grad;
   CausalLmInfo info = decoder_info(config, names, options.dtype);
   const auto checkpoint = std::make_shared<Checkpoint>(folder.dir);
   const std::vector<TensorShape> implied = implied_tensors(config, names);
