@@ -120,10 +120,11 @@ double read_bandwidth() {
     const int64_t n = int64_t{128} << 20;
     const Bytes data = allocate(n);
     double fastest = std::numeric_limits<double>::infinity();
+    const int pieces = 2 * at::get_num_threads();  // inside a parallel region it would say 1
     for (int repeat = 0; repeat < 12; ++repeat) {
       const auto start = std::chrono::steady_clock::now();
-      at::parallel_for(0, 2 * at::get_num_threads(), 1, [&](int64_t begin, int64_t end) {
-        const int64_t chunk = n / 8 / (2 * at::get_num_threads());
+      at::parallel_for(0, pieces, 1, [&](int64_t begin, int64_t end) {
+        const int64_t chunk = n / 8 / pieces;
         const auto* const words = reinterpret_cast<const uint64_t*>(data.get());
         uint64_t sum[8] = {};
         for (int64_t i = begin * chunk; i + 8 <= end * chunk; i += 8) {
