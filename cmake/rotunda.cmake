@@ -75,7 +75,9 @@ function(rotunda_add_test name)
     _rotunda_use_torch_pch(${name})
   endif()
   add_test(NAME ${name} COMMAND ${name})
-  set_tests_properties(${name} PROPERTIES LABELS "${ARG_LABELS}" TIMEOUT ${ARG_TIMEOUT})
+  # ctest runs several tests at once and their tensors are tiny: more threads each would only wait for one another. What is
+  # about threads calls at::set_num_threads itself.
+  set_tests_properties(${name} PROPERTIES LABELS "${ARG_LABELS}" TIMEOUT ${ARG_TIMEOUT} ENVIRONMENT OMP_NUM_THREADS=1)
   if(ROTUNDA_SANITIZE)
     # LeakSanitizer stays on, without suppressions: LibTorch leaves nothing that it would report.
     set_tests_properties(${name} PROPERTIES ENVIRONMENT "UBSAN_OPTIONS=print_stacktrace=1")
