@@ -114,7 +114,6 @@ double largest_difference(const std::vector<float>& a, const std::vector<float>&
   return largest;
 }
 
-/// GB/s of reading `bytes` by the threads of this process, best of a few: what the share of bandwidth refers to.
 // The plainest reader: one wide addition per 64 bytes, so that memory alone sets the time.
 __attribute__((target_clones("avx512f", "avx2", "default"), optimize("O3"))) uint64_t sum_words(const uint64_t* words, int64_t n) {
   uint64_t sum = 0;
@@ -130,6 +129,7 @@ void read_all(const std::byte* data, int64_t n, int pieces) {
   });
 }
 
+/// GB/s of reading memory by the threads of this process, best of a few: what the share of bandwidth refers to.
 double read_bandwidth() {
   static const double best = [] {
     const int64_t n = int64_t{128} << 20;
