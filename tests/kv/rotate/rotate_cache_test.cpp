@@ -27,7 +27,7 @@ struct Method {
   bool minimum = false;
   int64_t group = 128;
   int64_t recent = 0;
-  std::vector<int64_t> sinks;
+  bool two_sinks = false;  // tokens 0 and 37, which have massive layer inputs in random_text
 };
 
 // x [T, channels], groups of `group` neighbours, per token: min-max with clipping (RotateKV, section 2 of the method).
@@ -77,7 +77,8 @@ at::Tensor method_attention(const KvModel& model, const Text& text, int64_t n_to
     const at::Tensor place = at::arange(n_tokens, at::kLong);
     const at::Tensor distance = place.unsqueeze(1) - place.unsqueeze(0);
     at::Tensor exact = distance.lt(m.recent);
-    for (const int64_t sink : m.sinks) exact.select(1, sink).fill_(true);
+    if (m.two_sinks)
+      for (const int64_t sink : {0, 37}) exact.select(1, sink).fill_(true);
     const at::Tensor scores =
         at::where(exact, scores_exact, scores_coded).masked_fill(distance.lt(0), -std::numeric_limits<double>::infinity());
     const at::Tensor p = scores.softmax(-1);
@@ -89,6 +90,7 @@ at::Tensor method_attention(const KvModel& model, const Text& text, int64_t n_to
 }
 
 struct Case {
+  friend void PrintTo(const Case& c, std::ostream* out) { *out << c.spec; }
   std::string spec;
   Method method;
   std::string perm;  // tensor of the calibration; empty: none
@@ -98,9 +100,14 @@ class RotateCacheTest : public ::testing::TestWithParam<Case> {
  protected:
   static constexpr int64_t kTokens = 210;
   // Codes agree with fp64 but for ties; what is left is fp16 sinks and windows, and fp32 arithmetic.
-  static constexpr double kTolerance = 2e-6;
+  static constexpr double kTolerance = 2e-5;
+  // A key that leaves the window has been through fp16 (error up to 2^-11 of its size, so 1e-3 of a code's step), which turns about that
+  // share of the codes to the neighbour. A wrong mask, sink or position is off by 1e-2 and more.
+  static constexpr double kWindowTolerance = 2e-3;
   KvModel model_ = small_model(8, 4, 64);
   Text text_ = random_text(model_, kTokens, 3);
+
+  double tolerance() const { return GetParam().method.recent > 0 ? kWindowTolerance : kTolerance; }
 
   at::Tensor expected(const FusedCache& fused) const {
     const Case& c = GetParam();
@@ -115,12 +122,12 @@ TEST_P(RotateCacheTest, QuantizeAllIsTheMethod) {
 }
 
 TEST_P(RotateCacheTest, DecodingTokenByTokenIsTheMethod) {
-  if (!GetParam().method.sinks.empty()) return;  // token by token the sinks of later tokens are not known yet: next test
+  if (GetParam().method.two_sinks) return;  // token by token the sinks of later tokens are not known yet: next test
   FusedCache fused(GetParam().spec, model_);
   const SeqId seq = fused.cache().create();
   std::vector<at::Tensor> outs;
   for (int64_t t = 0; t < kTokens; ++t) outs.push_back(fused.step({{seq, &text_, t, t + 1}}));
-  EXPECT_LT(nmse(at::cat(outs, 1), expected(fused)), kTolerance);
+  EXPECT_LT(nmse(at::cat(outs, 1), expected(fused)), tolerance());
 }
 
 TEST_P(RotateCacheTest, DecodingAfterAPromptIsTheMethod) {
@@ -130,22 +137,22 @@ TEST_P(RotateCacheTest, DecodingAfterAPromptIsTheMethod) {
   fused.step({{seq, &text_, 90, 150}});
   std::vector<at::Tensor> outs;
   for (int64_t t = 150; t < kTokens; ++t) outs.push_back(fused.step({{seq, &text_, t, t + 1, false}}));
-  EXPECT_LT(nmse(at::cat(outs, 1), expected(fused).slice(1, 150)), kTolerance);
+  EXPECT_LT(nmse(at::cat(outs, 1), expected(fused).slice(1, 150)), tolerance());
 }
 
-// Tokens 0 and 37 have massive layer inputs in random_text: with two entries they are the sinks.
+// With two entries, the two tokens of massive layer input are the sinks.
 INSTANTIATE_TEST_SUITE_P(
     Variants, RotateCacheTest,
     ::testing::Values(Case{"rotate2:recent=0,sinks=0", {}, "rotate.perm.layer"},
                       Case{"rotate2:recent=0,sinks=0,reorder=group", {}, "rotate.perm.group"},
                       Case{"rotate2:recent=0,sinks=0,reorder=none", {}, ""},
-                      Case{"rotate2:recent=0,sinks=2", {.sinks = {0, 37}}, "rotate.perm.layer"},
-                      Case{"rotate2:recent=24,sinks=2", {.recent = 24, .sinks = {0, 37}}, "rotate.perm.layer"},
+                      Case{"rotate2:recent=0,sinks=2", {.two_sinks = true}, "rotate.perm.layer"},
+                      Case{"rotate2:recent=24,sinks=2", {.recent = 24, .two_sinks = true}, "rotate.perm.layer"},
                       Case{"rotate2:recent=64,sinks=0,clip=1.0", {.clip = 1.0, .recent = 64}, "rotate.perm.layer"},
                       Case{"rotate2:recent=0,sinks=0,zero=minimum,group=64", {.minimum = true, .group = 64}, "rotate.perm.layer"},
                       Case{"rotate3:recent=5,sinks=0", {.bits = 3, .clip = 1.0, .recent = 5}, "rotate.perm.layer"},
                       Case{"rotate4:recent=0,sinks=0,zero=minimum", {.bits = 4, .clip = 1.0, .minimum = true}, "rotate.perm.layer"},
-                      Case{"rotate4:recent=16,sinks=2", {.bits = 4, .clip = 1.0, .recent = 16, .sinks = {0, 37}}, "rotate.perm.layer"}));
+                      Case{"rotate4:recent=16,sinks=2", {.bits = 4, .clip = 1.0, .recent = 16, .two_sinks = true}, "rotate.perm.layer"}));
 
 TEST(RotateCalibrationTest, OrdersChannelsBySignedMeanOfTheRotatedKeys) {
   const KvModel model = small_model(8, 4, 64);
