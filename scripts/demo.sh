@@ -25,8 +25,8 @@ step "Calibrate: rotunda calibrate $model --text $calibration_text --out $out/ca
 "$rotunda" calibrate "$model" --text "$calibration_text" --out "$out/calibration.safetensors"
 
 # About a thousand tokens of an encyclopaedia article: long enough for most of the cache to be packed, and more than its
-# exact window of the newest tokens. Cut at a line end.
-head -c 4000 "$evaluation_text" | sed '$d' > "$out/prompt.txt"
+# exact window of the newest tokens. Cut within a sentence, so that there is one to go on with.
+head -c 4000 "$evaluation_text" | sed '$ s/ [^ ]*$//' > "$out/prompt.txt"
 for spec in "${specs[@]}"; do
   step "Generate: rotunda generate $model --prompt-file $out/prompt.txt --kv $spec"
   "$rotunda" generate "$model" --prompt-file "$out/prompt.txt" --kv "$spec" --calibration "$out/calibration.safetensors" \
