@@ -5,6 +5,7 @@
 
 #include "base/check.h"
 #include "base/env.h"
+#include "base/log.h"
 #include "engine/calibration.h"
 #include "io/safetensors.h"
 
@@ -25,6 +26,8 @@ KvBinding bind_kv(const Session& session, const kv::KvSpec& spec, const std::opt
     binding.calibration = calibration_file
                               ? calibration_for(io::read_bundle(*calibration_file), spec.format, session.model->weights_hash())
                               : builtin_calibration(session, binding.used, progress, stop);
+  } else if (calibration_file) {
+    ROTUNDA_LOG_INFO("{} needs no calibration: {} is not read", spec.format, calibration_file->string());
   }
   binding.model = session.model->with_kv_format(*binding.format, binding.used);
   return binding;
