@@ -23,8 +23,10 @@ endif()
 
 find_program(CCACHE_PROGRAM ccache)
 if(CCACHE_PROGRAM)
-  # A precompiled header is a binary whose bytes depend on its build; without these settings ccache never hits.
+  # A precompiled header is a binary whose bytes depend on its build; without these settings ccache never hits. Paths count
+  # relative to the checkout, so that a second clone finds what the first has compiled.
   set(CMAKE_CXX_COMPILER_LAUNCHER
       ${CMAKE_COMMAND} -E env CCACHE_SLOPPINESS=pch_defines,time_macros,include_file_mtime,include_file_ctime
+      CCACHE_BASEDIR=${PROJECT_SOURCE_DIR} CCACHE_NOHASHDIR=1
       ${CCACHE_PROGRAM})
 endif()
