@@ -2,7 +2,6 @@
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
-#include <c10/core/InferenceMode.h>
 
 #include <atomic>
 #include <thread>
@@ -101,7 +100,6 @@ void WeightLoader::run(const std::function<void(int64_t, int64_t)>& progress) {
   std::atomic<int64_t> done_bytes{0};
   const std::thread::id caller = std::this_thread::get_id();
   at::parallel_for(0, at::get_num_threads(), 1, [&](int64_t, int64_t) {
-    const c10::InferenceMode no_grad;  // threads of the pool do not take it over from the caller
     for (size_t p = next++; p < pieces.size(); p = next++) {
       const Piece& piece = pieces[p];
       const Item& item = items_[piece.item];
