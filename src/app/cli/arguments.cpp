@@ -51,6 +51,12 @@ void EvalArguments::add_to(CLI::App& command, const std::string& default_protoco
   command.add_option("--json", json, "Write options, machine and results to this file");
 }
 
+void ItemArguments::add_to(CLI::App& command, const std::string& protocol, const std::string& data_help) {
+  eval.add_to(command, protocol);
+  command.add_option("--data", data, data_help)->required();
+  command.add_option("--limit", limit, "Lines at most; 0: all")->capture_default_str();
+}
+
 std::vector<kv::KvSpec> EvalArguments::specs() const {
   std::string text;
   for (const std::string& part : kv) text += (text.empty() ? "" : ",") + part;

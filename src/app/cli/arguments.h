@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "app/cli/interrupt.h"
 #include "app/cli/progress.h"
 #include "engine/evaluation.h"
 #include "engine/session.h"
@@ -39,8 +40,33 @@ struct EvalArguments {
   std::vector<kv::KvSpec> specs() const;
 };
 
+/// The options that every evaluation over the lines of a file has.
+struct ItemArguments {
+  EvalArguments eval;
+  std::string data;
+  int64_t limit = 0;
+
+  /// As EvalArguments::add_to; `data_help` says what a line holds.
+  void add_to(CLI::App& command, const std::string& protocol, const std::string& data_help);
+};
+
 /// Prints the results of an accuracy evaluation and writes its JSON file. @return the exit code
 int report_accuracy(const engine::AccuracyReport& report, const CLI::App& command, const std::string& json_path);
+
+/// Runs one accuracy evaluation whole: fills `options`, loads the model, evaluates, reports. @return the exit code
+/// @param evaluate for example engine::evaluate_answers
+template <typename Options>
+int run_accuracy(const ItemArguments& arguments, const CLI::App& command, Options options,
+                 engine::AccuracyReport (*evaluate)(const engine::Session&, const Options&)) {
+  ProgressPrinter progress;
+  arguments.eval.fill(options, progress, catch_interrupt());
+  options.data = arguments.data;
+  options.limit = arguments.limit;
+  const engine::Session session = arguments.eval.model.load(options.specs, progress);
+  const engine::AccuracyReport report = evaluate(session, options);
+  progress.clear();
+  return report_accuracy(report, command, arguments.eval.json);
+}
 
 /// "" as nothing.
 std::optional<std::filesystem::path> optional_path(const std::string& text);
