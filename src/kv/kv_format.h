@@ -55,8 +55,11 @@ class KvFormat {
   /// Null where the format has nothing to calibrate.
   virtual std::unique_ptr<KvCalibrator> make_calibrator(const KvModel&) const { return nullptr; }
 
+  /// Whether fuse() changes anything. Where it does not, the projections need not be read and cast for it at load.
+  virtual bool fuses_projections() const { return false; }
   /// Folds what the format wants into the projections of one layer: fp32 tensors in, fp32 out; the caller casts them back.
-  /// A cache made of the same spec expects keys and values of such fused projections. Does nothing by default.
+  /// A cache made of the same spec expects keys and values of such fused projections. Called only
+  /// where fuses_projections().
   virtual void fuse(const KvSpec&, const KvModel&, ProjectionWeights&) const {}
 
   /// Bytes that `kv_len` tokens of one sequence will take, all metadata and page slack counted (what KvUsage::cache_bytes

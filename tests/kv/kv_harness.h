@@ -67,7 +67,7 @@ class FusedCache {
     weights_.k_weight = at::eye(model.kv_channels());
     weights_.v_weight = at::eye(model.kv_channels());
     weights_.o_weight = at::eye(model.n_heads * model.head_dim);
-    format.fuse(spec, model, weights_);
+    if (format.fuses_projections()) format.fuse(spec, model, weights_);
   }
 
   KvCache& cache() { return *cache_; }

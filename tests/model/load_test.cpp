@@ -161,6 +161,7 @@ class ValueRotatingFormat final : public kv::KvFormat {
   std::optional<std::string> unsupported_reason(const kv::KvSpec& spec, const kv::KvModel&) const override {
     return spec.format == "unsupported" ? std::optional<std::string>("value_rotating: not this model") : std::nullopt;
   }
+  bool fuses_projections() const override { return true; }
   void fuse(const kv::KvSpec& spec, const kv::KvModel& model, kv::ProjectionWeights& w) const override {
     EXPECT_EQ(w.q_weight.scalar_type(), at::kFloat);
     if (spec.format == "nothing") return;
