@@ -37,6 +37,8 @@ const PagedCache::Sequence& PagedCache::sequence(SeqId seq) const {
   return it->second;
 }
 
+PagedCache::Sequence& PagedCache::own(SeqId seq) { return const_cast<Sequence&>(sequence(seq)); }
+
 SeqId PagedCache::create() {
   check_no_step("create");
   Sequence sequence;
@@ -72,7 +74,7 @@ void PagedCache::drop_pages(Sequence& sequence, int64_t keep_tokens) {
 
 void PagedCache::truncate(SeqId seq, int64_t kv_len) {
   check_no_step("truncate");
-  Sequence& target = const_cast<Sequence&>(sequence(seq));
+  Sequence& target = own(seq);
   ROTUNDA_CHECK(kv_len >= 0 && kv_len <= target.kv_len, "kv cache: truncate sequence ", seq, " to ", kv_len, " tokens, it has ",
                 target.kv_len);
   if (target.extra) target.extra->truncate(kv_len);
@@ -83,7 +85,7 @@ void PagedCache::truncate(SeqId seq, int64_t kv_len) {
 
 void PagedCache::release(SeqId seq) {
   check_no_step("release");
-  drop_pages(const_cast<Sequence&>(sequence(seq)), 0);
+  drop_pages(own(seq), 0);
   sequences_.erase(seq);
 }
 
@@ -108,7 +110,7 @@ void PagedCache::begin_step(const std::vector<SeqChunk>& chunks, StepKind kind) 
   step->kind = kind;
   int64_t wanted_pages = 0;
   for (const SeqChunk& chunk : chunks) {
-    Sequence& target = const_cast<Sequence&>(sequence(chunk.seq));
+    Sequence& target = own(chunk.seq);
     ROTUNDA_CHECK(chunk.n_tokens > 0, "kv cache: sequence ", chunk.seq, " has a chunk of ", chunk.n_tokens, " tokens, expected at least 1");
     for (const Chunk& other : step->chunks)
       ROTUNDA_CHECK(other.seq != chunk.seq, "kv cache: sequence ", chunk.seq, " stands twice in a step");
@@ -227,18 +229,23 @@ KvUsage PagedCache::usage() const {
   return usage;
 }
 
+std::map<std::string, std::string> PagedCache::saved_header() const {
+  auto header = saved_settings();
+  header["rotunda.format"] = spec_.format;
+  header["rotunda.version"] = std::to_string(kSavedVersion);
+  header["rotunda.n_layers"] = std::to_string(model_.n_layers);
+  header["rotunda.n_kv_heads"] = std::to_string(model_.n_kv_heads);
+  header["rotunda.head_dim"] = std::to_string(model_.head_dim);
+  header["rotunda.page_bytes"] = std::to_string(pool_.page_bytes());
+  return header;
+}
+
 ops::TensorBundle PagedCache::export_sequence(SeqId seq) const {
   check_no_step("export_sequence");
   const Sequence& from = sequence(seq);
   ops::TensorBundle bundle;
   auto& meta = bundle.metadata;
-  meta = saved_settings();
-  meta["rotunda.format"] = spec_.format;
-  meta["rotunda.version"] = std::to_string(kSavedVersion);
-  meta["rotunda.n_layers"] = std::to_string(model_.n_layers);
-  meta["rotunda.n_kv_heads"] = std::to_string(model_.n_kv_heads);
-  meta["rotunda.head_dim"] = std::to_string(model_.head_dim);
-  meta["rotunda.page_bytes"] = std::to_string(pool_.page_bytes());
+  meta = saved_header();
   meta["rotunda.kv_len"] = std::to_string(from.kv_len);
   meta["rotunda.stored_len"] = std::to_string(from.stored_len);
   const int64_t n_pages = pages_of(from.stored_len);
@@ -254,14 +261,7 @@ ops::TensorBundle PagedCache::export_sequence(SeqId seq) const {
 
 SeqId PagedCache::import_sequence(const ops::TensorBundle& bundle) {
   check_no_step("import_sequence");
-  auto expected = saved_settings();
-  expected["rotunda.format"] = spec_.format;
-  expected["rotunda.version"] = std::to_string(kSavedVersion);
-  expected["rotunda.n_layers"] = std::to_string(model_.n_layers);
-  expected["rotunda.n_kv_heads"] = std::to_string(model_.n_kv_heads);
-  expected["rotunda.head_dim"] = std::to_string(model_.head_dim);
-  expected["rotunda.page_bytes"] = std::to_string(pool_.page_bytes());
-  for (const auto& [key, value] : expected)
+  for (const auto& [key, value] : saved_header())
     ROTUNDA_CHECK(bundle.meta(key) == value, bundle.origin, ": ", key, " is ", bundle.meta(key), ", this cache has ", value);
 
   Sequence made;

@@ -101,6 +101,10 @@ class PagedCache : public KvCache {
 
  private:
   void check_no_step(const char* what) const;
+  /// For the calls that change it; @throws as sequence().
+  Sequence& own(SeqId seq);
+  /// What the metadata of a saved sequence says of the cache that it fits.
+  std::map<std::string, std::string> saved_header() const;
   void drop_pages(Sequence& sequence, int64_t keep_tokens);
   int64_t new_pages_wanted(const Chunk& chunk, int64_t tokens_in_pages) const;
 

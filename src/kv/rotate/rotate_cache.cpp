@@ -488,8 +488,6 @@ class RotateCache final : public PagedCache {
   struct DecodeTask {
     std::vector<const std::byte*> pages;
     std::vector<uint16_t> masks;
-    const std::byte* window_page;
-    const std::byte* sink_page;
     std::vector<uint16_t> window_masks;
     std::vector<uint16_t> sink_masks;
     const float* q;  // [n_heads][head_dim], for exact keys
@@ -532,7 +530,6 @@ class RotateCache final : public PagedCache {
     const auto bit = [](int64_t slot) { return static_cast<uint16_t>(1u << (slot % kTokenBlock)); };
 
     const LayerSinks& sinks = exact.sinks(layer);
-    task.sink_page = sinks.store().page();
     task.sink_masks.assign(sinks.slots().size() / kTokenBlock, 0);
     const auto [positions, slots] = sinks_between(sinks, 0, chunk.stored_len);
     for (size_t i = 0; i < positions.size(); ++i) {
@@ -540,7 +537,6 @@ class RotateCache final : public PagedCache {
       if (positions[i] >= oldest) task.sink_masks[slots[i] / kTokenBlock] |= bit(slots[i]);
     }
 
-    task.window_page = exact.window(layer).page();
     task.window_masks.assign(static_cast<size_t>(exact.window(layer).layout().blocks_per_page), 0);
     for (int64_t position = std::max(oldest, chunk.stored_len); position < chunk.kv_len; ++position)
       task.window_masks[exact.slot(position) / kTokenBlock] |= bit(exact.slot(position));
@@ -558,16 +554,17 @@ class RotateCache final : public PagedCache {
   void decode_exact(int layer, const Chunk& chunk, const DecodeTask& task, int group, const kernels::SoftmaxState& state) const {
     const int head_dim = model().head_dim;
     const int heads_per_group = layers_[layer].layout.heads_per_group;
-    const auto attend = [&](const ExactStore& store, const std::byte* page, const std::vector<uint16_t>& masks) {
+    const auto attend = [&](const ExactStore& store, const std::vector<uint16_t>& masks) {
       if (masks.empty()) return;
+      const std::byte* page = store.page();
       for (int head = 0; head < heads_per_group; ++head) {
         const int kv_head = group * heads_per_group + head;
         const kernels::SoftmaxState part{state.max + head * rep_, state.sum + head * rep_, state.acc + int64_t{head} * rep_ * head_dim};
         kernels::decode_plain({store.layout(), {&page, masks.data(), 1}, kv_head, rep_, task.q + int64_t{kv_head} * rep_ * head_dim, part});
       }
     };
-    attend(exact_of(chunk).window(layer), task.window_page, task.window_masks);
-    attend(exact_of(chunk).sinks(layer).store(), task.sink_page, task.sink_masks);
+    attend(exact_of(chunk).window(layer), task.window_masks);
+    attend(exact_of(chunk).sinks(layer).store(), task.sink_masks);
   }
 
   RotateOptions options_;
