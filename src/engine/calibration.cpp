@@ -62,8 +62,8 @@ ops::TensorBundle calibrate(const Session& session, std::string_view text, const
     if (all && format.unsupported_reason(kv::KvSpec{.format = name, .options = {}}, kv_model)) continue;
     auto calibrator = format.make_calibrator(kv_model);
     ROTUNDA_CHECK(calibrator || all, "format ", name, " has nothing to calibrate");
-    if (!calibrator) continue;
-    names.push_back(name);
+    if (!calibrator || std::find(names.begin(), names.end(), format.calibration_name()) != names.end()) continue;
+    names.push_back(format.calibration_name());
     calibrators.push_back(std::move(calibrator));
   }
   ROTUNDA_CHECK(!names.empty(), "no format to calibrate for this model");
@@ -75,7 +75,7 @@ ops::TensorBundle calibrate(const Session& session, std::string_view text, const
   if (static_cast<int64_t>(tokens.size()) > options.max_tokens) tokens.resize(static_cast<size_t>(options.max_tokens));
 
   const kv::KvSpec reference = kv::parse_kv_spec(kReferenceKv);
-  const auto cache = session.formats->get(reference.format).make_cache(reference, kv_model, nullptr);
+  const auto cache = session.formats->get(reference.format).make_cache(reference, kv_model, {});
   ObservingCache observing(*cache, observers);
   int64_t done = 0;
   for (const auto& window : cut_windows(tokens, window_len, session.bos_id())) {
@@ -103,13 +103,13 @@ ops::TensorBundle calibrate(const Session& session, std::string_view text, const
   return file;
 }
 
-ops::TensorBundle calibration_for(const ops::TensorBundle& file, const std::string& format, const std::string& weights_hash) {
+ops::TensorBundle calibration_for(const ops::TensorBundle& file, const kv::KvFormat& format, const std::string& weights_hash) {
   ROTUNDA_CHECK(file.meta("rotunda.kind") == kKind, file.origin, ": holds a ", file.meta("rotunda.kind"), ", expected a ", kKind);
   ROTUNDA_CHECK(file.meta_int("rotunda.version") == kVersion, file.origin, ": calibration version ",
                 file.meta("rotunda.version"), ", expected ", kVersion);
   ROTUNDA_CHECK(file.meta("rotunda.weights_hash") == weights_hash, file.origin, ": made for other weights: hash ",
                 file.meta("rotunda.weights_hash").substr(0, 12), "..., this model has ", weights_hash.substr(0, 12), "...");
-  const std::string prefix = format + "/";
+  const std::string prefix = format.calibration_name() + "/";
   ops::TensorBundle part;
   part.origin = file.origin;
   for (const auto& [name, tensor] : file.tensors) {
@@ -118,25 +118,24 @@ ops::TensorBundle calibration_for(const ops::TensorBundle& file, const std::stri
   for (const auto& [key, value] : file.metadata) {
     if (key.starts_with(prefix)) part.metadata[key.substr(prefix.size())] = value;
   }
-  ROTUNDA_CHECK(!part.tensors.empty() || !part.metadata.empty(), file.origin, ": has no calibration for ", format,
+  ROTUNDA_CHECK(!part.tensors.empty() || !part.metadata.empty(), file.origin, ": has no calibration for ", format.name(),
                 ", it was made for: ", file.meta("rotunda.formats"));
   return part;
 }
 
-std::filesystem::path builtin_calibration_path(const std::string& weights_hash, const std::string& format) {
-  return env::user_cache_dir() / "calibrations" / (weights_hash + "-" + format + ".safetensors");
+std::filesystem::path builtin_calibration_path(const std::string& weights_hash, const std::string& name) {
+  return env::user_cache_dir() / "calibrations" / (weights_hash + "-" + name + ".safetensors");
 }
 
 ops::TensorBundle builtin_calibration(const Session& session, const kv::KvSpec& spec, const Progress& progress, StopFlag stop) {
   const std::string& hash = session.model->weights_hash();
   const kv::KvFormat& format = session.formats->get(spec.format);
-  const std::filesystem::path path = builtin_calibration_path(hash, spec.format);
+  const std::filesystem::path path = builtin_calibration_path(hash, format.calibration_name());
   std::error_code ignored;
   if (std::filesystem::exists(path, ignored)) {
     try {
-      ops::TensorBundle part = calibration_for(io::read_bundle(path), spec.format, hash);
-      // Only the format can tell whether its part is whole: a cache on trial, empty, takes no pages.
-      format.make_cache(spec, session.model->info().kv, &part);
+      ops::TensorBundle part = calibration_for(io::read_bundle(path), format, hash);
+      format.check_calibration(spec, session.model->info().kv, part);  // only the format can tell whether its part is whole
       return part;
     } catch (const Error& error) {
       if (error.fault() == Fault::kBug) throw;
@@ -160,7 +159,7 @@ ops::TensorBundle builtin_calibration(const Session& session, const kv::KvSpec& 
     if (error.fault() != Fault::kWorld) throw;
     ROTUNDA_LOG_WARN("the calibration is not kept: {}", error.what());
   }
-  return calibration_for(file, spec.format, hash);
+  return calibration_for(file, format, hash);
 }
 
 std::string fingerprint(const ops::TensorBundle& bundle) {

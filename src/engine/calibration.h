@@ -21,14 +21,14 @@ struct CalibrateOptions {
 };
 
 /// Runs the text through the model and lets every format's calibrator watch, all in one pass.
-/// @return one bundle for all formats: tensors and metadata are named "<format>/...", and the metadata `rotunda.*` tells
-///   kind, version, settings and the hash of the weights.
+/// @return one bundle for all formats: tensors and metadata are named "<KvFormat::calibration_name>/...", and the metadata
+///   `rotunda.*` tells kind, version, settings and the hash of the weights.
 /// @throws Error{kUser} for a text without tokens, a format that has nothing to calibrate; Interrupted.
 ops::TensorBundle calibrate(const Session& session, std::string_view text, const CalibrateOptions& options);
 
 /// What one format gets of a calibration file.
 /// @throws Error{kUser} naming the file where it is no calibration, was made for other weights, or lacks the format.
-ops::TensorBundle calibration_for(const ops::TensorBundle& file, const std::string& format, const std::string& weights_hash);
+ops::TensorBundle calibration_for(const ops::TensorBundle& file, const kv::KvFormat& format, const std::string& weights_hash);
 
 /// A file for the format, made on first use from the text that the product ships and kept in the user's cache folder; a
 /// log line says so. One that is damaged or does not fit is made anew. Where the folder cannot be written, a warning says
@@ -36,8 +36,8 @@ ops::TensorBundle calibration_for(const ops::TensorBundle& file, const std::stri
 /// @throws Error{kUser} where the format refuses the fresh calibration, Interrupted.
 ops::TensorBundle builtin_calibration(const Session& session, const kv::KvSpec& spec, const Progress& progress, StopFlag stop);
 
-/// Where builtin_calibration keeps its result.
-std::filesystem::path builtin_calibration_path(const std::string& weights_hash, const std::string& format);
+/// Where builtin_calibration keeps its result. @param name KvFormat::calibration_name
+std::filesystem::path builtin_calibration_path(const std::string& weights_hash, const std::string& name);
 
 /// The text of assets/calibration.txt.
 std::string_view builtin_calibration_text();

@@ -12,7 +12,7 @@
 namespace rotunda::engine {
 
 std::unique_ptr<kv::KvCache> KvBinding::make_cache() const {
-  return format->make_cache(used, model->info().kv, calibration ? &*calibration : nullptr);
+  return format->make_cache(used, model->info().kv, setup);
 }
 
 KvBinding bind_kv(const Session& session, const kv::KvSpec& spec, const std::optional<std::filesystem::path>& calibration_file,
@@ -22,14 +22,17 @@ KvBinding bind_kv(const Session& session, const kv::KvSpec& spec, const std::opt
   binding.requested = spec;
   binding.format = &session.formats->get(spec.format);
   binding.used = canonical_spec(*binding.format, spec);
-  if (binding.format->needs_calibration(binding.used)) {
-    binding.calibration = calibration_file
-                              ? calibration_for(io::read_bundle(*calibration_file), spec.format, session.model->weights_hash())
-                              : builtin_calibration(session, binding.used, progress, stop);
+  const kv::CalibrationUse use = binding.format->calibration_use(binding.used);
+  if (use != kv::CalibrationUse::kNone && calibration_file) {
+    binding.calibration = calibration_for(io::read_bundle(*calibration_file), *binding.format, session.model->weights_hash());
+  } else if (use == kv::CalibrationUse::kRequired) {
+    binding.calibration = builtin_calibration(session, binding.used, progress, stop);
   } else if (calibration_file) {
     ROTUNDA_LOG_INFO("{} needs no calibration: {} is not read", spec.format, calibration_file->string());
   }
-  binding.model = session.model->with_kv_format(*binding.format, binding.used);
+  binding.used = binding.format->resolved(binding.used, binding.calibration.has_value());
+  if (binding.calibration) binding.setup = *binding.calibration;
+  binding.model = session.model->with_kv_format(*binding.format, binding.used, binding.setup);
   return binding;
 }
 

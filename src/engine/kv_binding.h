@@ -20,6 +20,7 @@ struct KvBinding {
   const kv::KvFormat* format = nullptr;  ///< owned by the registry
   std::shared_ptr<const model::CausalLm> model;
   std::optional<ops::TensorBundle> calibration;
+  ops::TensorBundle setup;  ///< the calibration and what the format learned from the weights
 
   std::unique_ptr<kv::KvCache> make_cache() const;
 };

@@ -18,20 +18,29 @@ struct KvOption {
   std::string help;  ///< one line, with the values allowed
 };
 
-/// The attention projections of one layer, weights [out, in]. A format may fold its rotations into them at load.
+/// The attention projections of one layer, weights [out, in]. A format may fold its rotations and scalings into them at load.
 /// Biases are undefined tensors where the model has none.
 struct ProjectionWeights {
   at::Tensor q_weight, q_bias;
   at::Tensor k_weight, k_bias;
   at::Tensor v_weight, v_bias;
   at::Tensor o_weight;
+  at::Tensor q_norm, k_norm;  ///< [head_dim] gains of the norms between projection and RoPE; undefined where there is none
+  at::Tensor input_gain;      ///< [hidden_size] gain of the norm whose output is projected; for reading only
+};
+
+/// What a calibration is to a cache.
+enum class CalibrationUse {
+  kNone,      ///< not read
+  kOptional,  ///< makes the cache better
+  kRequired,  ///< no cache without one
 };
 
 /// Sees the keys and values of a calibration text go by, unfused, and turns them into what the format keeps.
 class KvCalibrator {
  public:
   virtual ~KvCalibrator() = default;
-  /// One layer's input of one step; see AttendInput.
+  /// One layer's input of one step that holds one sequence from position 0 on; see AttendInput.
   virtual void observe(int layer, const AttendInput& in) = 0;
   /// The calibration's tensors and settings. @throws Error{kUser} if nothing was observed.
   virtual ops::TensorBundle finish() = 0;
@@ -50,26 +59,32 @@ class KvFormat {
   /// Why this model cannot have this cache, or nothing where it can. `spec` is valid.
   virtual std::optional<std::string> unsupported_reason(const KvSpec& spec, const KvModel& model) const = 0;
 
-  /// Whether make_cache wants a calibration for this spec.
-  virtual bool needs_calibration(const KvSpec&) const { return false; }
+  virtual CalibrationUse calibration_use(const KvSpec&) const { return CalibrationUse::kNone; }
+  /// The name of this format's part of a calibration file. Formats that want the same of a text share it.
+  virtual std::string calibration_name() const { return name(); }
   /// Null where the format has nothing to calibrate.
   virtual std::unique_ptr<KvCalibrator> make_calibrator(const KvModel&) const { return nullptr; }
+  /// @throws Error{kUser} naming what of the calibration does not fit this model.
+  virtual void check_calibration(const KvSpec&, const KvModel&, const ops::TensorBundle&) const {}
+  /// The spec with options set that were left to whether there is a calibration.
+  virtual KvSpec resolved(const KvSpec& spec, bool /*calibrated*/) const { return spec; }
 
   /// Whether fuse() changes anything. Where it does not, the projections need not be read and cast for it at load.
   virtual bool fuses_projections() const { return false; }
   /// Folds what the format wants into the projections of one layer: fp32 tensors in, fp32 out; the caller casts them back.
-  /// A cache made of the same spec expects keys and values of such fused projections. Called only
-  /// where fuses_projections().
-  virtual void fuse(const KvSpec&, const KvModel&, ProjectionWeights&) const {}
+  /// A cache made of the same spec expects keys and values of such fused projections. Called only where fuses_projections(),
+  /// for every layer once, in any order.
+  /// @param setup holds the calibration, if any; the format adds what make_cache will want to know of this layer's weights
+  /// @throws Error{kUser} for weights that the format cannot do its work on, or a calibration that does not fit.
+  virtual void fuse(const KvSpec&, const KvModel&, int /*layer*/, ProjectionWeights&, ops::TensorBundle& /*setup*/) const {}
 
   /// Bytes that `kv_len` tokens of one sequence will take, all metadata and page slack counted (what KvUsage::cache_bytes
   /// will say), without making a cache.
   virtual int64_t planned_bytes(const KvSpec& spec, const KvModel& model, int64_t kv_len) const = 0;
 
-  /// @param calibration from make_calibrator, or null; must outlive the call only.
-  /// @throws Error{kUser} for an unsupported model, or a calibration that is missing or does not fit.
-  virtual std::unique_ptr<KvCache> make_cache(const KvSpec& spec, const KvModel& model,
-                                              const ops::TensorBundle* calibration) const = 0;
+  /// @param setup the calibration, if any, with what fuse() added; must outlive the call only.
+  /// @throws Error{kUser} for an unsupported model, or a setup in which something is missing or does not fit.
+  virtual std::unique_ptr<KvCache> make_cache(const KvSpec& spec, const KvModel& model, const ops::TensorBundle& setup) const = 0;
 };
 
 }  // namespace rotunda::kv

@@ -41,8 +41,11 @@ class CausalLm {
   virtual at::Tensor logits(const at::Tensor& hidden) const = 0;
 
   /// The same model with the projections that `format` wants (KvFormat::fuse); all other weights are shared. Call it on the
-  /// model as loaded, not on a fused one. @throws Error{kUser} with the format's reason where it does not support the model.
-  virtual std::shared_ptr<const CausalLm> with_kv_format(const kv::KvFormat& format, const kv::KvSpec& spec) const = 0;
+  /// model as loaded, not on a fused one.
+  /// @param setup holds the calibration, if any; afterwards all that KvFormat::make_cache wants
+  /// @throws Error{kUser} with the format's reason where it does not support the model.
+  virtual std::shared_ptr<const CausalLm> with_kv_format(const kv::KvFormat& format, const kv::KvSpec& spec,
+                                                         ops::TensorBundle& setup) const = 0;
 
   /// SHA-256 (hex) over names, shapes and bytes of the weights as they stand in the checkpoint: ties a calibration to them.
   virtual const std::string& weights_hash() const = 0;

@@ -38,12 +38,12 @@ TEST_F(CalibrationTest, OnePassServesEveryFormatAndTheFileComesBack) {
   io::write_bundle(folder_ / "file", file);
   for (const auto& format : session_.formats->all()) {
     if (!format->make_calibrator(session_.model->info().kv)) continue;
-    EXPECT_THAT(file.meta("rotunda.formats"), HasSubstr(format->name()));
+    EXPECT_THAT(file.meta("rotunda.formats"), HasSubstr(format->calibration_name()));
     const kv::KvSpec spec{.format = format->name(), .options = {}};
-    if (!format->needs_calibration(canonical_spec(*format, spec))) continue;
+    if (format->calibration_use(canonical_spec(*format, spec)) == kv::CalibrationUse::kNone) continue;
     const KvBinding binding = bind_kv(session_, spec, folder_ / "file", {}, nullptr);
     EXPECT_NE(binding.make_cache(), nullptr);
-    EXPECT_EQ(fingerprint(*binding.calibration), fingerprint(calibration_for(file, format->name(), session_.model->weights_hash())));
+    EXPECT_EQ(fingerprint(*binding.calibration), fingerprint(calibration_for(file, *format, session_.model->weights_hash())));
   }
   EXPECT_FALSE(std::filesystem::exists(folder_ / "calibrations")) << "a given file needs no kept one";
 }
@@ -63,14 +63,16 @@ TEST_F(CalibrationTest, WrongFilesAreRefused) {
   ops::TensorBundle file = calibrate(session_, text_, options);
   file.origin = "some.file";
   const std::string hash = session_.model->weights_hash();
-  EXPECT_THAT(toy::error_of([&] { calibration_for(file, "rotate2", "0123"); }), HasSubstr("some.file: made for other weights"));
-  EXPECT_THAT(toy::error_of([&] { calibration_for(file, "rotate3", hash); }), HasSubstr("no calibration for rotate3"));
+  const kv::KvFormat& rotate2 = session_.formats->get("rotate2");
+  const kv::KvFormat& rotate3 = session_.formats->get("rotate3");
+  EXPECT_THAT(toy::error_of([&] { calibration_for(file, rotate2, "0123"); }), HasSubstr("some.file: made for other weights"));
+  EXPECT_THAT(toy::error_of([&] { calibration_for(file, rotate3, hash); }), HasSubstr("no calibration for rotate3"));
   file.metadata["rotunda.version"] = "9";
-  EXPECT_THAT(toy::error_of([&] { calibration_for(file, "rotate2", hash); }), HasSubstr("calibration version 9, expected 1"));
+  EXPECT_THAT(toy::error_of([&] { calibration_for(file, rotate2, hash); }), HasSubstr("calibration version 9, expected 1"));
   file.metadata["rotunda.kind"] = "kv_cache";
-  EXPECT_THAT(toy::error_of([&] { calibration_for(file, "rotate2", hash); }), HasSubstr("holds a kv_cache, expected a calibration"));
+  EXPECT_THAT(toy::error_of([&] { calibration_for(file, rotate2, hash); }), HasSubstr("holds a kv_cache, expected a calibration"));
   file.metadata.clear();
-  EXPECT_THAT(toy::error_of([&] { calibration_for(file, "rotate2", hash); }), HasSubstr("some.file: metadata rotunda.kind is missing"));
+  EXPECT_THAT(toy::error_of([&] { calibration_for(file, rotate2, hash); }), HasSubstr("some.file: metadata rotunda.kind is missing"));
   EXPECT_THAT(toy::error_of([&] { calibrate(session_, "", options); }), HasSubstr("has no tokens"));
   options.formats = {"bf16"};
   EXPECT_THAT(toy::error_of([&] { calibrate(session_, text_, options); }), HasSubstr("bf16 has nothing to calibrate"));

@@ -36,8 +36,6 @@ TEST_P(GoldenRotate, MeanNllOfTheFirstWindowIsThatOfTheReference) {
   const Session session = load_session(load);
   const kv::KvSpec spec = kv::parse_kv_spec(GetParam().spec);
   const kv::KvFormat& format = kv::kv_registry().get(spec.format);
-  const auto model = session.model->with_kv_format(format, spec);
-
   // The reference's own order of channels: near-ties of its means could sort differently.
   ops::TensorBundle calibration;
   std::vector<at::Tensor> layers;
@@ -46,7 +44,8 @@ TEST_P(GoldenRotate, MeanNllOfTheFirstWindowIsThatOfTheReference) {
   calibration.metadata["rotate.heads_per_group"] = "2";
 
   const auto window = golden.at("window").get<std::vector<int64_t>>();
-  const auto cache = format.make_cache(spec, model->info().kv, &calibration);
+  const auto model = session.model->with_kv_format(format, spec, calibration);
+  const auto cache = format.make_cache(spec, model->info().kv, calibration);
   const kv::SeqId seq = cache->create();
   const at::Tensor hidden = run_step(*model, *cache, {{seq, static_cast<int64_t>(window.size()), true, 0}}, window, kv::StepKind::kQuantizeAll, {});
   const std::vector<int64_t> targets(window.begin() + 1, window.end());

@@ -70,6 +70,7 @@ class ToyLm final : public model::CausalLm {
       layer.k_weight = random(128, 64, 0.15);
       layer.v_weight = random(128, 64, 0.15);
       layer.o_weight = random(64, 256, 0.15);
+      layer.input_gain = at::ones({64});
       layers_.push_back(layer);
     }
   }
@@ -89,9 +90,9 @@ class ToyLm final : public model::CausalLm {
     return x;
   }
   at::Tensor logits(const at::Tensor& hidden) const override { return at::linear(hidden, head_); }
-  std::shared_ptr<const CausalLm> with_kv_format(const kv::KvFormat& format, const kv::KvSpec& spec) const override {
+  std::shared_ptr<const CausalLm> with_kv_format(const kv::KvFormat& format, const kv::KvSpec& spec, ops::TensorBundle& setup) const override {
     auto copy = std::make_shared<ToyLm>(*this);
-    for (kv::ProjectionWeights& layer : copy->layers_) format.fuse(spec, info_.kv, layer);
+    for (size_t i = 0; i < layers_.size(); ++i) format.fuse(spec, info_.kv, static_cast<int>(i), copy->layers_[i], setup);
     return copy;
   }
   const std::string& weights_hash() const override { return hash_; }

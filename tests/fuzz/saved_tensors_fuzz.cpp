@@ -56,11 +56,11 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   const kv::KvModel model = tiny_model();
   for (const char* name : {"bf16", "rotate2"}) {
     const kv::KvFormat& format = kv::kv_registry().get(name);
-    expect_error_or_success([&] { format.make_cache({name, {}}, model, &bundle); });
+    expect_error_or_success([&] { format.make_cache({name, {}}, model, bundle); });
     expect_error_or_success([&] {
       kv::KvSpec spec{name, {}};
-      if (format.needs_calibration(spec)) spec.options["reorder"] = "none";
-      const auto cache = format.make_cache(spec, model, nullptr);
+      if (format.calibration_use(spec) == kv::CalibrationUse::kRequired) spec.options["reorder"] = "none";
+      const auto cache = format.make_cache(spec, model, {});
       cache->release(cache->import_sequence(bundle));
     });
   }

@@ -2,6 +2,7 @@
 
 #include <ATen/ATen.h>
 
+#include <functional>
 #include <limits>
 #include <memory>
 #include <string>
@@ -48,26 +49,43 @@ inline Text random_text(const KvModel& model, int64_t n_tokens, uint64_t seed) {
   return text;
 }
 
-/// A cache as a model sees it: projections that are identities, fused by the format, stand before and after it.
+inline ProjectionWeights identity_projections(const KvModel& model) {
+  ProjectionWeights weights;
+  weights.q_weight = at::eye(model.n_heads * model.head_dim);
+  weights.k_weight = at::eye(model.kv_channels());
+  weights.v_weight = at::eye(model.kv_channels());
+  weights.o_weight = at::eye(model.n_heads * model.head_dim);
+  if (model.key_norm) weights.q_norm = weights.k_norm = at::ones({model.head_dim});
+  weights.input_gain = at::ones({weights.q_weight.size(1)});
+  return weights;
+}
+
+/// A cache as a model sees it: projections, fused by the format, stand before and after it.
 class FusedCache {
  public:
+  using Projections = std::function<ProjectionWeights(int layer)>;
+
   FusedCache(const std::string& spec_text, const KvModel& model) : FusedCache(parse_kv_spec(spec_text), model) {}
 
-  FusedCache(const KvSpec& spec, const KvModel& model) : model_(model) {
+  /// @param original the projections before fusing; none: identities
+  FusedCache(const KvSpec& spec, const KvModel& model, const Projections& original = {}) : model_(model) {
     const KvFormat& format = kv_registry().get(spec.format);
-    if (format.needs_calibration(spec)) {
+    const bool calibrated = format.calibration_use(spec) == CalibrationUse::kRequired;
+    if (calibrated) {
       const auto calibrator = format.make_calibrator(model);
       const Text text = random_text(model, 64, 4242);
       for (int layer = 0; layer < model.n_layers; ++layer)
         calibrator->observe(layer, {text.q[layer], text.k[layer], text.v[layer], text.hidden[layer]});
       calibration_ = calibrator->finish();
     }
-    cache_ = format.make_cache(spec, model, format.needs_calibration(spec) ? &calibration_ : nullptr);
-    weights_.q_weight = at::eye(model.n_heads * model.head_dim);
-    weights_.k_weight = at::eye(model.kv_channels());
-    weights_.v_weight = at::eye(model.kv_channels());
-    weights_.o_weight = at::eye(model.n_heads * model.head_dim);
-    if (format.fuses_projections()) format.fuse(spec, model, weights_);
+    ops::TensorBundle setup = calibration_;
+    const KvSpec used = format.resolved(spec, calibrated);
+    for (int layer = 0; layer < model.n_layers; ++layer) {
+      ProjectionWeights weights = original ? original(layer) : identity_projections(model);
+      if (format.fuses_projections()) format.fuse(used, model, layer, weights, setup);
+      weights_.push_back(std::move(weights));
+    }
+    cache_ = format.make_cache(used, model, setup);
   }
 
   KvCache& cache() { return *cache_; }
@@ -94,13 +112,17 @@ class FusedCache {
         for (const Part& part : parts) slices.push_back((part.text->*member)[layer].slice(0, part.begin, part.end));
         return at::cat(slices);
       };
-      const auto project = [&](const at::Tensor& x, const at::Tensor& weight) {
-        return at::matmul(x.flatten(1), weight.t()).view(x.sizes()).to(model_.dtype);
+      const ProjectionWeights& w = weights_[layer];
+      const auto project = [&](const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias = {}, const at::Tensor& gain = {}) {
+        at::Tensor y = at::linear(x.flatten(1), weight, bias).view({x.size(0), -1, model_.head_dim});
+        if (gain.defined()) y = y * gain;  // the norm itself is left out
+        return y.to(model_.dtype);
       };
       try {
-        const at::Tensor out = cache_->attend(layer, {project(rows(&Text::q), weights_.q_weight), project(rows(&Text::k), weights_.k_weight),
-                                                      project(rows(&Text::v), weights_.v_weight), rows(&Text::hidden).to(model_.dtype)});
-        outs.push_back(project(out.to(at::kFloat), weights_.o_weight).to(at::kFloat));
+        const at::Tensor out =
+            cache_->attend(layer, {project(rows(&Text::q), w.q_weight, w.q_bias, w.q_norm), project(rows(&Text::k), w.k_weight, w.k_bias, w.k_norm),
+                                   project(rows(&Text::v), w.v_weight, w.v_bias), rows(&Text::hidden).to(model_.dtype)});
+        outs.push_back(project(out.to(at::kFloat), w.o_weight).to(at::kFloat));
       } catch (...) {
         cache_->abort_step();
         throw;
@@ -118,7 +140,7 @@ class FusedCache {
   KvModel model_;
   ops::TensorBundle calibration_;
   std::unique_ptr<KvCache> cache_;
-  ProjectionWeights weights_;
+  std::vector<ProjectionWeights> weights_;  // [layer], fused
 };
 
 /// Causal attention in fp64 over unquantized keys and values; [layer, T, n_heads, d].

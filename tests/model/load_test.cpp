@@ -162,7 +162,7 @@ class ValueRotatingFormat final : public kv::KvFormat {
     return spec.format == "unsupported" ? std::optional<std::string>("value_rotating: not this model") : std::nullopt;
   }
   bool fuses_projections() const override { return true; }
-  void fuse(const kv::KvSpec& spec, const kv::KvModel& model, kv::ProjectionWeights& w) const override {
+  void fuse(const kv::KvSpec& spec, const kv::KvModel& model, int, kv::ProjectionWeights& w, ops::TensorBundle&) const override {
     EXPECT_EQ(w.q_weight.scalar_type(), at::kFloat);
     if (spec.format == "nothing") return;
     const int64_t d = model.head_dim, group = model.n_heads / model.n_kv_heads;
@@ -177,7 +177,7 @@ class ValueRotatingFormat final : public kv::KvFormat {
   }
   int64_t planned_bytes(const kv::KvSpec&, const kv::KvModel&, int64_t) const override { return 0; }
   std::unique_ptr<kv::KvCache> make_cache(const kv::KvSpec&, const kv::KvModel& model,
-                                          const ops::TensorBundle*) const override {
+                                          const ops::TensorBundle&) const override {
     return std::make_unique<ReferenceCache>(model);
   }
 };
@@ -187,8 +187,9 @@ class FusedFormatTest : public testing::TestWithParam<std::string> {};
 TEST_P(FusedFormatTest, RotatedValuesGiveTheSameLogits) {
   const std::shared_ptr<const CausalLm> lm = load_causal_lm((golden_dir() / "models" / GetParam()).string(), {});
   const ValueRotatingFormat format;
-  const std::shared_ptr<const CausalLm> fused = lm->with_kv_format(format, {.format = "value_rotating", .options = {}});
-  const std::shared_ptr<const CausalLm> unchanged = lm->with_kv_format(format, {.format = "nothing", .options = {}});
+  ops::TensorBundle setup;
+  const std::shared_ptr<const CausalLm> fused = lm->with_kv_format(format, {.format = "value_rotating", .options = {}}, setup);
+  const std::shared_ptr<const CausalLm> unchanged = lm->with_kv_format(format, {.format = "nothing", .options = {}}, setup);
 
   const auto logits_and_values = [&](const CausalLm& model) {
     ReferenceCache cache(model.info().kv);
@@ -211,10 +212,11 @@ INSTANTIATE_TEST_SUITE_P(Cases, FusedFormatTest, testing::ValuesIn(golden_cases(
 TEST(FusedFormatErrorsTest, PassOnTheReason) {
   const std::shared_ptr<const CausalLm> lm = load_causal_lm((golden_dir() / "models" / kCase).string(), {});
   const ValueRotatingFormat format;
-  EXPECT_THAT(user_error_of([&] { lm->with_kv_format(format, {.format = "unsupported", .options = {}}); }),
+  ops::TensorBundle setup;
+  EXPECT_THAT(user_error_of([&] { lm->with_kv_format(format, {.format = "unsupported", .options = {}}, setup); }),
               HasSubstr("value_rotating: not this model"));
   EXPECT_THAT(user_error_of([&] {
-                lm->with_kv_format(format, {.format = "value_rotating", .options = {{"a", "b"}}});
+                lm->with_kv_format(format, {.format = "value_rotating", .options = {{"a", "b"}}}, setup);
               }),
               HasSubstr("no options"));
 }

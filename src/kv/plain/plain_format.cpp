@@ -24,7 +24,7 @@ int64_t PlainFormat::planned_bytes(const KvSpec&, const KvModel& model, int64_t 
   return pages * plain_layout(model, type_).page_bytes() * model.n_layers;
 }
 
-std::unique_ptr<KvCache> PlainFormat::make_cache(const KvSpec& spec, const KvModel& model, const ops::TensorBundle*) const {
+std::unique_ptr<KvCache> PlainFormat::make_cache(const KvSpec& spec, const KvModel& model, const ops::TensorBundle&) const {
   validate(spec);
   const auto reason = unsupported_reason(spec, model);
   ROTUNDA_CHECK(!reason, *reason);

@@ -48,7 +48,7 @@ class RotateCalibrator final : public KvCalibrator {
 
 std::unique_ptr<KvCalibrator> make_rotate_calibrator(const KvModel& model) { return std::make_unique<RotateCalibrator>(model); }
 
-std::vector<std::vector<uint16_t>> key_groups(const RotateOptions& options, const KvModel& model, const ops::TensorBundle* calibration) {
+std::vector<std::vector<uint16_t>> key_groups(const RotateOptions& options, const KvModel& model, const ops::TensorBundle& calibration) {
   const int channels = model.kv_channels();
   const int group_size = rotate_layout(options, model).group_size;
   std::vector<std::vector<uint16_t>> groups(static_cast<size_t>(model.n_layers), std::vector<uint16_t>(static_cast<size_t>(channels)));
@@ -57,19 +57,19 @@ std::vector<std::vector<uint16_t>> key_groups(const RotateOptions& options, cons
       for (int channel = 0; channel < channels; ++channel) table[channel] = static_cast<uint16_t>(channel / group_size);
     return groups;
   }
-  ROTUNDA_CHECK(calibration != nullptr, "rotate", options.bits, ": reorder=", options.reorder == Reorder::kLayer ? "layer" : "group",
+  ROTUNDA_CHECK(!calibration.tensors.empty(), "rotate", options.bits, ": reorder=", options.reorder == Reorder::kLayer ? "layer" : "group",
                 " needs a calibration, got none");
   const std::string name = options.reorder == Reorder::kLayer ? "rotate.perm.layer" : "rotate.perm.group";
-  const int64_t calibrated_heads = calibration->meta_int("rotate.heads_per_group");
-  ROTUNDA_CHECK(calibrated_heads == heads_per_group(model), calibration->origin, ": rotate.heads_per_group is ", calibrated_heads, ", expected ",
+  const int64_t calibrated_heads = calibration.meta_int("rotate.heads_per_group");
+  ROTUNDA_CHECK(calibrated_heads == heads_per_group(model), calibration.origin, ": rotate.heads_per_group is ", calibrated_heads, ", expected ",
                 heads_per_group(model));
-  const at::Tensor perm = calibration->get(name, at::kInt, {model.n_layers, channels}).contiguous();
+  const at::Tensor perm = calibration.get(name, at::kInt, {model.n_layers, channels}).contiguous();
   for (int layer = 0; layer < model.n_layers; ++layer) {
     const int32_t* row = perm.data_ptr<int32_t>() + int64_t{layer} * channels;
     std::vector<bool> seen(static_cast<size_t>(channels));
     for (int place = 0; place < channels; ++place) {
       const int32_t channel = row[place];
-      ROTUNDA_CHECK(channel >= 0 && channel < channels && !seen[channel], calibration->origin, ": tensor ", name, " of layer ", layer,
+      ROTUNDA_CHECK(channel >= 0 && channel < channels && !seen[channel], calibration.origin, ": tensor ", name, " of layer ", layer,
                     " is no permutation of ", channels, " channels (entry ", place, " is ", channel, ")");
       seen[channel] = true;
       groups[layer][channel] = static_cast<uint16_t>(place / group_size);

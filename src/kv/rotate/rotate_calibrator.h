@@ -13,8 +13,8 @@ namespace rotunda::kv::rotate {
 std::unique_ptr<KvCalibrator> make_rotate_calibrator(const KvModel& model);
 
 /// The quantization group of each rotated key channel, [n_layers][kv_channels].
-/// @param calibration of make_rotate_calibrator; may be null for Reorder::kNone
+/// @param calibration of make_rotate_calibrator; unread for Reorder::kNone
 /// @throws Error{kUser} where it is missing, or is no permutation of this model's channels.
-std::vector<std::vector<uint16_t>> key_groups(const RotateOptions& options, const KvModel& model, const ops::TensorBundle* calibration);
+std::vector<std::vector<uint16_t>> key_groups(const RotateOptions& options, const KvModel& model, const ops::TensorBundle& calibration);
 
 }  // namespace rotunda::kv::rotate

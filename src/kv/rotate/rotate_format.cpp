@@ -47,11 +47,17 @@ std::optional<std::string> RotateFormat::unsupported_reason(const KvSpec& spec, 
   return std::nullopt;
 }
 
-bool RotateFormat::needs_calibration(const KvSpec& spec) const { return RotateOptions::from_spec(spec, bits_).reorder != Reorder::kNone; }
+CalibrationUse RotateFormat::calibration_use(const KvSpec& spec) const {
+  return RotateOptions::from_spec(spec, bits_).reorder == Reorder::kNone ? CalibrationUse::kNone : CalibrationUse::kRequired;
+}
 
 std::unique_ptr<KvCalibrator> RotateFormat::make_calibrator(const KvModel& model) const { return make_rotate_calibrator(model); }
 
-void RotateFormat::fuse(const KvSpec&, const KvModel& model, ProjectionWeights& weights) const {
+void RotateFormat::check_calibration(const KvSpec& spec, const KvModel& model, const ops::TensorBundle& calibration) const {
+  key_groups(RotateOptions::from_spec(spec, bits_), model, calibration);
+}
+
+void RotateFormat::fuse(const KvSpec&, const KvModel& model, int, ProjectionWeights& weights, ops::TensorBundle&) const {
   if (!model.key_norm) {
     const at::Tensor group_matrix = hadamard_matrix(heads_per_group(model) * model.head_dim, at::kFloat);
     rotate_outputs(weights.k_weight, group_matrix);
@@ -75,11 +81,11 @@ int64_t RotateFormat::planned_bytes(const KvSpec& spec, const KvModel& model, in
   return model.n_layers * (pages * PagePool(rotate_layout(options, model).page_bytes()).page_bytes() + window + sinks);
 }
 
-std::unique_ptr<KvCache> RotateFormat::make_cache(const KvSpec& spec, const KvModel& model, const ops::TensorBundle* calibration) const {
+std::unique_ptr<KvCache> RotateFormat::make_cache(const KvSpec& spec, const KvModel& model, const ops::TensorBundle& setup) const {
   const RotateOptions options = RotateOptions::from_spec(spec, bits_);
   const auto reason = unsupported_reason(spec, model);
   ROTUNDA_CHECK(!reason, *reason);
-  return make_rotate_cache(spec, model, options, key_groups(options, model, calibration));
+  return make_rotate_cache(spec, model, options, key_groups(options, model, setup));
 }
 
 }  // namespace rotunda::kv::rotate

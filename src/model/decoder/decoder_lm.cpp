@@ -77,7 +77,8 @@ class DecoderLm final : public CausalLm {
     return at::linear(hidden, weights_.head).to(at::kFloat);  // [N, vocab_size]
   }
 
-  std::shared_ptr<const CausalLm> with_kv_format(const kv::KvFormat& format, const kv::KvSpec& spec) const override;
+  std::shared_ptr<const CausalLm> with_kv_format(const kv::KvFormat& format, const kv::KvSpec& spec,
+                                                 ops::TensorBundle& setup) const override;
 
   const std::string& weights_hash() const override {
     std::call_once(checkpoint_->hash_once, [this] { checkpoint_->hash = checkpoint_->index.content_hash(); });
@@ -138,6 +139,11 @@ kv::ProjectionWeights DecoderLm::original_projections(int layer) const {
     p.k_bias = read(names_.k + ".bias");
     p.v_bias = read(names_.v + ".bias");
   }
+  if (config_.qk_norm) {
+    p.q_norm = read(names_.q_norm);
+    p.k_norm = read(names_.k_norm);
+  }
+  p.input_gain = read(names_.attention_norm);
   return p;
 }
 
@@ -170,11 +176,19 @@ void DecoderLm::replace_projections(const kv::ProjectionWeights& fused, DecoderL
     layer.qkv.biases = std::move(new_biases);
   }
   ROTUNDA_ASSERT(fused.o_weight.sizes() == layer.o_weight.sizes(), "fused shape ", fused.o_weight.sizes());
-  const at::Tensor o_weight = fused.o_weight.to(dtype);
-  if (!at::equal(o_weight, layer.o_weight)) layer.o_weight = o_weight;
+  const auto replace = [&](const at::Tensor& with, at::Tensor& tensor) {
+    const at::Tensor cast = with.to(dtype);
+    if (!at::equal(cast, tensor)) tensor = cast;
+  };
+  replace(fused.o_weight, layer.o_weight);
+  if (config_.qk_norm) {
+    replace(fused.q_norm, layer.q_norm);
+    replace(fused.k_norm, layer.k_norm);
+  }
 }
 
-std::shared_ptr<const CausalLm> DecoderLm::with_kv_format(const kv::KvFormat& format, const kv::KvSpec& spec) const {
+std::shared_ptr<const CausalLm> DecoderLm::with_kv_format(const kv::KvFormat& format, const kv::KvSpec& spec,
+                                                          ops::TensorBundle& setup) const {
   const c10::NoGradGuard no_grad;
   format.validate(spec);
   const std::optional<std::string> reason = format.unsupported_reason(spec, info_.kv);
@@ -182,7 +196,7 @@ std::shared_ptr<const CausalLm> DecoderLm::with_kv_format(const kv::KvFormat& fo
   DecoderWeights weights = weights_;
   for (int layer = 0; format.fuses_projections() && layer < config_.n_layers; ++layer) {
     kv::ProjectionWeights projections = original_projections(layer);
-    format.fuse(spec, info_.kv, projections);
+    format.fuse(spec, info_.kv, layer, projections, setup);
     replace_projections(projections, weights.layers[static_cast<size_t>(layer)]);
   }
   return std::make_shared<DecoderLm>(config_, names_, info_, checkpoint_, std::move(weights));
