@@ -3,7 +3,7 @@
 #include <ATen/ATen.h>
 
 #include "base/check.h"
-#include "kernels/hadamard/hadamard.h"
+#include "kv/head_rotation.h"
 #include "kv/paged_cache.h"
 #include "kv/rotate/rotate_cache.h"
 #include "kv/rotate/rotate_calibrator.h"
@@ -11,23 +11,6 @@
 #include "kv/rotate/sinks.h"
 
 namespace rotunda::kv::rotate {
-
-namespace {
-
-at::Tensor hadamard_matrix(int n, at::ScalarType dtype) {
-  const at::Tensor matrix = at::empty({n, n}, at::kDouble);
-  kernels::hadamard_dense(kernels::hadamard_plan(n), matrix.data_ptr<double>());
-  return matrix.to(dtype);
-}
-
-// Rows of `weight` [channels, in] or a bias [channels]: y <- y H for every run of n output channels.
-void rotate_outputs(at::Tensor& weight, const at::Tensor& matrix) {
-  if (!weight.defined()) return;
-  const at::Tensor runs = weight.reshape({-1, matrix.size(0), weight.dim() == 2 ? weight.size(1) : 1});
-  weight = at::matmul(matrix.t(), runs).reshape(weight.sizes());
-}
-
-}  // namespace
 
 std::string RotateFormat::summary() const {
   return "RotateKV (arXiv:2501.16383): " + std::to_string(bits_) + "-bit codes of keys and values, rotated and reordered by calibration";
@@ -63,12 +46,7 @@ void RotateFormat::fuse(const KvSpec&, const KvModel& model, int, ProjectionWeig
     rotate_outputs(weights.k_weight, group_matrix);
     rotate_outputs(weights.k_bias, group_matrix);
   }
-  const at::Tensor head_matrix = hadamard_matrix(model.head_dim, at::kFloat);
-  rotate_outputs(weights.v_weight, head_matrix);
-  rotate_outputs(weights.v_bias, head_matrix);
-  // y = o W_o^T with o = o' H^T, so W_o <- W_o H for the columns of every query head.
-  const at::Tensor heads = weights.o_weight.view({weights.o_weight.size(0), model.n_heads, model.head_dim});
-  weights.o_weight = at::matmul(heads, head_matrix).reshape(weights.o_weight.sizes());
+  rotate_values(model, weights);
 }
 
 int64_t RotateFormat::planned_bytes(const KvSpec& spec, const KvModel& model, int64_t kv_len) const {

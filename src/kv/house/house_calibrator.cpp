@@ -1,0 +1,59 @@
+#include "kv/house/house_calibrator.h"
+
+#include <ATen/ATen.h>
+
+#include "base/check.h"
+
+namespace rotunda::kv::house {
+
+namespace {
+
+class HouseCalibrator final : public KvCalibrator {
+ public:
+  explicit HouseCalibrator(const KvModel& model)
+      : model_(model),
+        query_moment_(at::zeros({model.n_layers, model.n_kv_heads, model.head_dim, model.head_dim}, at::kDouble)),
+        key_sum_(at::zeros({model.n_layers, model.n_kv_heads, model.head_dim}, at::kDouble)),
+        key_square_sum_(at::zeros_like(key_sum_)) {}
+
+  void observe(int layer, const AttendInput& in) override {
+    const int64_t n_tokens = in.k.size(0);
+    const auto [cos, sin] = model_.rope.cos_sin(at::arange(n_tokens, at::kLong), n_tokens);
+    const at::Tensor q = ops::apply_rope(in.q.to(at::kFloat), cos, sin)
+                             .view({n_tokens, model_.n_kv_heads, -1, model_.head_dim})
+                             .permute({1, 0, 2, 3})
+                             .reshape({model_.n_kv_heads, -1, model_.head_dim});  // [n_kv_heads, T * rep, d]
+    query_moment_[layer].add_(at::bmm(q.transpose(1, 2), q));
+    const at::Tensor k = in.k.to(at::kDouble);
+    key_sum_[layer].add_(k.sum(0));
+    key_square_sum_[layer].add_(k.square().sum(0));
+    if (layer == 0) n_tokens_ += n_tokens;
+  }
+
+  ops::TensorBundle finish() override {
+    ROTUNDA_CHECK(n_tokens_ > 0, "rotunda: calibration saw no token");
+    const double n = static_cast<double>(n_tokens_);
+    const at::Tensor mean = key_sum_ / n;
+    const at::Tensor variance = (key_square_sum_ / n - mean.square()).clamp_min(0.0);
+    const at::Tensor moment = query_moment_ / (n * model_.n_heads / model_.n_kv_heads);
+    ROTUNDA_CHECK(moment.isfinite().all().item<bool>() && variance.isfinite().all().item<bool>(),
+                  "rotunda: calibration saw queries or keys that are NaN or infinite");
+    ops::TensorBundle bundle;
+    bundle.tensors["query_moment"] = moment.to(at::kFloat);
+    bundle.tensors["key_mean"] = mean.to(at::kFloat);
+    bundle.tensors["key_variance"] = variance.to(at::kFloat);
+    bundle.metadata["n_tokens"] = std::to_string(n_tokens_);
+    return bundle;
+  }
+
+ private:
+  KvModel model_;
+  at::Tensor query_moment_, key_sum_, key_square_sum_;  // fp64
+  int64_t n_tokens_ = 0;
+};
+
+}  // namespace
+
+std::unique_ptr<KvCalibrator> make_house_calibrator(const KvModel& model) { return std::make_unique<HouseCalibrator>(model); }
+
+}  // namespace rotunda::kv::house

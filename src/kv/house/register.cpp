@@ -1,0 +1,10 @@
+#include "kv/house/house_format.h"
+#include "kv/kv_registry.h"
+
+namespace rotunda::kv {
+
+void register_house(KvRegistry& registry) {
+  for (const int bits : {2, 3, 4}) registry.add(std::make_unique<house::HouseFormat>(bits));
+}
+
+}  // namespace rotunda::kv
