@@ -49,15 +49,30 @@ inline Text random_text(const KvModel& model, int64_t n_tokens, uint64_t seed) {
   return text;
 }
 
+/// What a text's queries, keys and values of one layer are projected from: the three side by side, [T, input_channels].
+inline at::Tensor projection_input(const Text& text, int layer) {
+  return at::cat({text.q[layer].flatten(1), text.k[layer].flatten(1), text.v[layer].flatten(1)}, 1);
+}
+
+/// Projections that pick the text's queries, keys and values out of projection_input().
 inline ProjectionWeights identity_projections(const KvModel& model) {
+  const int64_t q_channels = int64_t{model.n_heads} * model.head_dim;
+  const at::Tensor identity = at::eye(q_channels + 2 * model.kv_channels());
   ProjectionWeights weights;
-  weights.q_weight = at::eye(model.n_heads * model.head_dim);
-  weights.k_weight = at::eye(model.kv_channels());
-  weights.v_weight = at::eye(model.kv_channels());
-  weights.o_weight = at::eye(model.n_heads * model.head_dim);
+  weights.q_weight = identity.slice(0, 0, q_channels).clone();
+  weights.k_weight = identity.slice(0, q_channels, q_channels + model.kv_channels()).clone();
+  weights.v_weight = identity.slice(0, q_channels + model.kv_channels()).clone();
+  weights.o_weight = at::eye(q_channels);
   if (model.key_norm) weights.q_norm = weights.k_norm = at::ones({model.head_dim});
-  weights.input_gain = at::ones({weights.q_weight.size(1)});
+  weights.input_gain = at::ones({identity.size(0)});
   return weights;
+}
+
+/// x W^T + b as heads [T, n, d], times the gain of a norm that is itself left out.
+inline at::Tensor project(const KvModel& model, const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias = {},
+                          const at::Tensor& gain = {}) {
+  const at::Tensor y = at::linear(x, weight, bias).view({x.size(0), -1, model.head_dim});
+  return gain.defined() ? y * gain : y;
 }
 
 /// A cache as a model sees it: projections, fused by the format, stand before and after it.
@@ -68,10 +83,13 @@ class FusedCache {
   FusedCache(const std::string& spec_text, const KvModel& model) : FusedCache(parse_kv_spec(spec_text), model) {}
 
   /// @param original the projections before fusing; none: identities
-  FusedCache(const KvSpec& spec, const KvModel& model, const Projections& original = {}) : model_(model) {
+  /// @param calibration to use; null: none, or one on random text where the format cannot do without
+  FusedCache(const KvSpec& spec, const KvModel& model, const Projections& original = {}, const ops::TensorBundle* calibration = nullptr)
+      : model_(model) {
     const KvFormat& format = kv_registry().get(spec.format);
-    const bool calibrated = format.calibration_use(spec) == CalibrationUse::kRequired;
-    if (calibrated) {
+    if (calibration != nullptr) {
+      calibration_ = *calibration;
+    } else if (format.calibration_use(spec) == CalibrationUse::kRequired) {
       const auto calibrator = format.make_calibrator(model);
       const Text text = random_text(model, 64, 4242);
       for (int layer = 0; layer < model.n_layers; ++layer)
@@ -79,7 +97,7 @@ class FusedCache {
       calibration_ = calibrator->finish();
     }
     ops::TensorBundle setup = calibration_;
-    const KvSpec used = format.resolved(spec, calibrated);
+    const KvSpec used = format.resolved(spec, !calibration_.tensors.empty());
     for (int layer = 0; layer < model.n_layers; ++layer) {
       ProjectionWeights weights = original ? original(layer) : identity_projections(model);
       if (format.fuses_projections()) format.fuse(used, model, layer, weights, setup);
@@ -107,22 +125,18 @@ class FusedCache {
     std::vector<at::Tensor> outs;
     for (int layer = 0; layer < model_.n_layers; ++layer) {
       if (layer == abort_after) break;
-      const auto rows = [&](const std::vector<at::Tensor> Text::*member) {
-        std::vector<at::Tensor> slices;
-        for (const Part& part : parts) slices.push_back((part.text->*member)[layer].slice(0, part.begin, part.end));
-        return at::cat(slices);
-      };
+      std::vector<at::Tensor> inputs, hidden;
+      for (const Part& part : parts) {
+        inputs.push_back(projection_input(*part.text, layer).slice(0, part.begin, part.end));
+        hidden.push_back(part.text->hidden[layer].slice(0, part.begin, part.end));
+      }
+      const at::Tensor x = at::cat(inputs);
       const ProjectionWeights& w = weights_[layer];
-      const auto project = [&](const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias = {}, const at::Tensor& gain = {}) {
-        at::Tensor y = at::linear(x.flatten(1), weight, bias).view({x.size(0), -1, model_.head_dim});
-        if (gain.defined()) y = y * gain;  // the norm itself is left out
-        return y.to(model_.dtype);
-      };
       try {
-        const at::Tensor out =
-            cache_->attend(layer, {project(rows(&Text::q), w.q_weight, w.q_bias, w.q_norm), project(rows(&Text::k), w.k_weight, w.k_bias, w.k_norm),
-                                   project(rows(&Text::v), w.v_weight, w.v_bias), rows(&Text::hidden).to(model_.dtype)});
-        outs.push_back(project(out.to(at::kFloat), w.o_weight).to(at::kFloat));
+        const at::Tensor out = cache_->attend(layer, {project(model_, x, w.q_weight, w.q_bias, w.q_norm).to(model_.dtype),
+                                                      project(model_, x, w.k_weight, w.k_bias, w.k_norm).to(model_.dtype),
+                                                      project(model_, x, w.v_weight, w.v_bias).to(model_.dtype), at::cat(hidden).to(model_.dtype)});
+        outs.push_back(project(model_, out.to(at::kFloat).flatten(1), w.o_weight));
       } catch (...) {
         cache_->abort_step();
         throw;
