@@ -23,8 +23,8 @@ struct ExactOptions {
   int n_first = 0;  ///< first tokens of a sequence, kept whatever their entries are
 };
 
-/// The value of option `key`, which `spec` has. @throws Error{kUser} naming format, option, got and expected where it is no
-/// number from `low` to `high`.
+/// The value of option `key`, which `spec` has. @throws Error{kUser} naming format, option, got and expected where it is
+/// no number from `low` to `high`.
 int parse_number(const KvSpec& spec, const std::string& key, int low, int high);
 float parse_number(const KvSpec& spec, const std::string& key, float low, float high);
 

@@ -10,8 +10,8 @@
 
 namespace rotunda::kv {
 
-/// Pure cosines and sines (no attention factor) of page starts and of places within a page: R_n = R_page R_place, so that positions
-/// far out cost no table of their own.
+/// Pure cosines and sines (no attention factor) of page starts and of places within a page: R_n = R_page R_place, so
+/// that positions far out cost no table of their own.
 class RopeTables {
  public:
   RopeTables() = default;

@@ -15,17 +15,18 @@ struct SinkEntry {
   int64_t position;
 };
 
-/// The attention sinks of one layer of one sequence: the first `n_first` tokens, and the tokens that own the `n_entries` largest |entries|
-/// of the layer's input seen so far, a token counting as often as it has such entries (RotateKV, arXiv:2501.16383; massive activations,
-/// arXiv:2402.17762; first tokens: attention sinks, arXiv:2309.17453). Their keys and values lie here in 16 bits.
+/// The attention sinks of one layer of one sequence: the first `n_first` tokens, and the tokens that own the
+/// `n_entries` largest |entries| of the layer's input seen so far, a token counting as often as it has such entries
+/// (RotateKV, arXiv:2501.16383; massive activations, arXiv:2402.17762; first tokens: attention sinks,
+/// arXiv:2309.17453). Their keys and values lie here in 16 bits.
 class LayerSinks {
  public:
   LayerSinks() = default;
   LayerSinks(int n_kv_heads, int head_dim, int n_entries, int n_first)
       : n_entries_(n_entries), n_first_(n_first), store_(n_kv_heads, head_dim, 0) {}
 
-  /// Takes new tokens in; every token of the sequence must come by, in order. Chunk by chunk this ends with the same tokens as the whole
-  /// text at once.
+  /// Takes new tokens in. Chunk by chunk this ends with the same tokens as the whole text at once. Tokens come in order,
+  /// and of the first `n_first` none may be left out.
   /// @param hidden [n_tokens, hidden_size], the layer's input; undefined: no token is chosen by its entries
   /// @param first the position of the first token
   /// @param key, value [n_tokens][kv_channels] fp32, keys after RoPE
@@ -44,7 +45,8 @@ class LayerSinks {
 
   int n_first() const { return n_first_; }
   const std::vector<SinkEntry>& entries() const { return entries_; }
-  /// For reading a saved sequence. `slots` and `entries` must be of one another, and `slots` have the first tokens (checked by the caller).
+  /// For reading a saved sequence. `slots` and `entries` must be of one another, and `slots` have the first tokens
+  /// (checked by the caller).
   void restore(std::vector<SinkEntry> entries, std::vector<int64_t> slots, const at::Tensor& bytes);
 
  private:

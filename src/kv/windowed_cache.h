@@ -21,12 +21,12 @@ namespace rotunda::kv {
 class ExactStore;
 class LayerSinks;
 
-/// What packed formats share: packed pages, and beside them, in fp16, the newest tokens (a ring of slots, the window) and
-/// the sinks. A token is packed when it leaves the window; a sink keeps its packed copy too, which attention masks.
+/// What packed formats share: packed pages, and beside them, in fp16, the newest tokens (a ring of slots, the window)
+/// and the sinks. A token is packed when it leaves the window; a sink keeps its packed copy too, which attention masks.
 ///
-/// In the window and among the sinks keys are kept after RoPE (with its attention factor) and values as given; queries meet
-/// them after RoPE, times the softmax scale. What a key looks like in a page is the format's affair: it fills in the hooks
-/// below. Values of all tokens, exact and packed, stand in one basis, the one they are given in.
+/// In the window and among the sinks keys are kept after RoPE (with its attention factor) and values as given; queries
+/// meet them after RoPE, times the softmax scale. What a key looks like in a page is the format's affair: it fills in
+/// the hooks below. Values of all tokens, exact and packed, stand in one basis, the one they are given in.
 ///
 /// The hooks are called only while a step is open; those marked "threads" from several threads at once.
 class WindowedCache : public PagedCache {
@@ -37,39 +37,40 @@ class WindowedCache : public PagedCache {
   bool wants_hidden() const override { return exact_.sinks > 0; }
 
  protected:
-  /// @param page_bytes and the rest: as PagedCache
+  /// @param page_bytes of one layer; the rest as PagedCache
   WindowedCache(KvSpec spec, KvModel model, const ExactOptions& exact, int64_t page_bytes,
                 int64_t codes_bytes_per_token, int64_t scale_bytes_per_token);
 
-  // ---- what a format fills in -----------------------------------------------------------------------------------------
+  // ---- what a format fills in ---------------------------------------------------------------------------------------
 
   /// The new keys of one layer, all chunks of the step. T tokens.
   struct NewKeys {
-    at::Tensor turned;  ///< [T, n_kv_heads, head_dim] fp32, contiguous: after RoPE, attention factor in
-    at::Tensor
-        packable;  ///< [T, kv_channels] fp32, contiguous: rows for store(); undefined: make_packable() makes them
+    /// [T, n_kv_heads, head_dim] fp32, contiguous: after RoPE, attention factor in.
+    at::Tensor turned;
+    /// [T, kv_channels] fp32, contiguous: rows for store(). Undefined: make_packable() makes them of `turned`.
+    at::Tensor packable;
   };
-  /// Brings the keys of one layer into the forms that are wanted of them.
-  /// @param k [T, n_kv_heads, head_dim] before RoPE, in the model's dtype and in the basis of the fused projections
-  /// The default applies RoPE and leaves the rest to make_packable(); a format whose keys come in another basis, or that
-  /// packs keys before RoPE, overrides it.
+  /// Brings the keys of one layer into these forms. The default applies RoPE and leaves the rest to make_packable(); a
+  /// format whose fused projections give keys in another basis, or that packs keys before RoPE, overrides it.
+  /// @param k [T, n_kv_heads, head_dim] as AttendInput::k
   virtual NewKeys new_keys(const Step& step, const at::Tensor& k) const;
 
-  /// Makes rows for store() out of keys after RoPE, in place. Tokens that leave the window come this way, and new ones where
-  /// new_keys() gave no packable rows. Threads.
-  /// @param first, n_tokens the tokens' positions, first .. first + n_tokens - 1, which lie in one block of 16
-  /// @param keys [n_tokens][kv_channels] fp32 after RoPE, attention factor in; those of the window have been through fp16
+  /// Makes rows for store() out of keys after RoPE, in place. Tokens that leave the window come this way, and new ones
+  /// where new_keys() gave no packable rows. Threads.
+  /// @param first position of the first token; first .. first + n_tokens - 1 lie in one block of 16
+  /// @param keys [n_tokens][kv_channels] fp32 as NewKeys::turned; a token of the window has been through fp16
   virtual void make_packable(int layer, const Chunk& chunk, int64_t first, int64_t n_tokens, float* keys) const = 0;
 
-  /// Packs tokens into one block of 16 of a page; other tokens of the block stay as they are. Threads, each another block.
-  /// @param page the page's bytes   @param block within the page   @param first within the block; first + n_tokens <= 16
-  /// @param key [n_tokens][kv_channels] packable rows   @param value [n_tokens][kv_channels] as given; both without gaps
+  /// Packs tokens into one block of 16; other tokens of the block stay as they are. Threads, each another block.
+  /// @param page the page's bytes   @param block within the page
+  /// @param first within the block; first + n_tokens <= 16
+  /// @param key [n_tokens][kv_channels] packable rows   @param value [n_tokens][kv_channels] fp32, as given
   /// @return false where an element is not finite or the format cannot hold it; the tokens' bytes are then unspecified
   virtual bool store(int layer, std::byte* page, int block, int first, int n_tokens, const float* key,
                      const float* value) const = 0;
 
-  /// The chunk's sequence as it stands in pages, for prefill: keys in the basis of NewKeys::turned, with RoPE and attention
-  /// factor. Its load_block is called from threads, until the layer's attention is done.
+  /// The chunk's sequence as it stands in pages, for prefill and quantize-all: keys in the basis and with the factor of
+  /// NewKeys::turned, values in the basis given. Its load_block runs on threads, until the layer's attention is done.
   virtual StoredTokens stored_tokens(int layer, const Chunk& chunk) const = 0;
 
   /// kv heads that page_attention() takes at once; divides n_kv_heads.
@@ -77,18 +78,20 @@ class WindowedCache : public PagedCache {
 
   /// Decode attention of one head group over a run of packed pages: adds to `state`. Threads, each with another state.
   /// @param group of n_kv_heads / kv_heads_per_group()   @param page_begin the run's first page within the sequence
-  /// @param run masks: the tokens to attend to   @param state of kv_heads_per_group() * n_heads / n_kv_heads query heads
+  /// @param run pages and masks of the tokens to attend to
+  /// @param state of kv_heads_per_group() * rep() query heads
   using PageAttention = std::function<void(int group, int64_t page_begin, const kernels::PageRun& run,
                                            const kernels::SoftmaxState& state)>;
-  /// Prepares the decode of one token over its sequence's pages: called once per layer and chunk, what it makes of the query
-  /// is owned by the function returned.
-  /// @param q [n_heads][head_dim] fp32 after RoPE with its attention factor, times the softmax scale; outlives the result
+  /// Prepares the decode of one token over its sequence's pages, once per layer and chunk: what it makes of the query,
+  /// the function returned owns.
+  /// @param chunk of one token; it and `q` outlive the function
+  /// @param q [n_heads][head_dim] fp32 after RoPE with its attention factor, times the softmax scale
   virtual PageAttention page_attention(int layer, const Chunk& chunk, const float* q) const = 0;
 
   /// The window's length, and n_first where there is one. A format that overrides it adds its own to these.
   std::map<std::string, std::string> saved_settings() const override;
 
-  // ---- what a format may ask ------------------------------------------------------------------------------------------
+  // ---- what a format may ask ----------------------------------------------------------------------------------------
 
   /// Positions first .. end - 1.
   struct TokenRange {
@@ -97,7 +100,7 @@ class WindowedCache : public PagedCache {
   };
   /// The tokens that this step moves from the window to pages; may be empty (end <= first).
   static TokenRange leaving_window(const Chunk& chunk);
-  /// The sequence length that the RoPE of a token of the window was reckoned with (they differ with `dynamic` RoPE only).
+  /// The sequence length that the RoPE of a token of the window was reckoned with.
   static int64_t rope_len_in_window(const Chunk& chunk, int64_t position);
 
   int64_t channels() const { return model().kv_channels(); }

@@ -20,7 +20,8 @@ class RotateCache final : public WindowedCache {
  public:
   RotateCache(const KvSpec& spec, const KvModel& model, const RotateOptions& options, const RotatePageLayout& layout,
               std::vector<std::vector<uint16_t>> key_groups)
-      : WindowedCache(spec, model, options.exact, layout.page_bytes(), (layout.key_codes_bytes() + layout.value_codes_bytes()) / layout.page_tokens(),
+      : WindowedCache(spec, model, options.exact, layout.page_bytes(),
+                      (layout.key_codes_bytes() + layout.value_codes_bytes()) / layout.page_tokens(),
                       2 * (layout.scale_bytes() + layout.zeros_bytes()) / layout.page_tokens()),
         key_groups_(std::move(key_groups)),
         tables_(model.rope, kPageTokens) {
@@ -60,15 +61,18 @@ class RotateCache final : public WindowedCache {
     return hash;
   }
 
-  // ---- keys -----------------------------------------------------------------------------------------------------------
+  // ---- keys
+  // -----------------------------------------------------------------------------------------------------------
 
   NewKeys new_keys(const Step& step, const at::Tensor& k) const override {
     const auto [rotated, plain] = both_bases(k);
-    return {ops::apply_rope(plain.view({step.n_tokens, model().n_kv_heads, model().head_dim}), step.cos, step.sin).contiguous(), rotated};
+    return {ops::apply_rope(plain.view({step.n_tokens, model().n_kv_heads, model().head_dim}), step.cos, step.sin)
+                .contiguous(),
+            rotated};
   }
 
-  // Keys as [T, channels] fp32, rotated (k W_G) and plain. One of the two comes from the projection, fused or not; the other costs
-  // one transform: the exact parts attend on plain keys, codes are of rotated ones.
+  // Keys as [T, channels] fp32, rotated (k W_G) and plain. One of the two comes from the projection, fused or not; the
+  // other costs one transform: the exact parts attend on plain keys, codes are of rotated ones.
   std::pair<at::Tensor, at::Tensor> both_bases(const at::Tensor& k) const {
     const at::Tensor given = k.to(at::kFloat).contiguous().view({k.size(0), channels()});
     const at::Tensor other = given.clone();
@@ -127,25 +131,29 @@ class RotateCache final : public WindowedCache {
     kernels::hadamard_rows(plan, /*inverse=*/false, keys, n_tokens * channels() / plan.n, plan.n);
   }
 
-  bool store(int layer, std::byte* page, int block, int first, int n_tokens, const float* key, const float* value) const override {
+  bool store(int layer, std::byte* page, int block, int first, int n_tokens, const float* key,
+             const float* value) const override {
     return rotate_store({&layers_[layer], key, value, channels(), block, first, n_tokens, page});
   }
 
-  // ---- attention ------------------------------------------------------------------------------------------------------
+  // ---- attention
+  // ------------------------------------------------------------------------------------------------------
 
   StoredTokens stored_tokens(int layer, const Chunk& chunk) const override {
     const RopeTables& tables = tables_.at(chunk.rope_len);
     const RotateLayer& rotate_layer = layers_[layer];
     const auto& pages = chunk.sequence->pages[layer];
     return {model().n_kv_heads, model().head_dim,
-            [this, &tables, &rotate_layer, &pages](int64_t block, float* key, int64_t stride, float* value, int64_t value_head_stride) {
+            [this, &tables, &rotate_layer, &pages](int64_t block, float* key, int64_t stride, float* value,
+                                                   int64_t value_head_stride) {
               std::vector<float> angles(static_cast<size_t>(model().head_dim) * kTokenBlock);
               float* cos = angles.data();
               float* sin = angles.data() + angles.size() / 2;
               tables.block(block, static_cast<float>(model().rope.attention_factor()), cos, sin);
               const RotatePageLayout& layout = rotate_layer.layout;
               for (int group = 0; group < layout.n_rotation_groups(); ++group)
-                rotate_load({&rotate_layer, pages[block / kBlocksPerPage]->bytes, group, static_cast<int>(block % kBlocksPerPage), cos, sin,
+                rotate_load({&rotate_layer, pages[block / kBlocksPerPage]->bytes, group,
+                             static_cast<int>(block % kBlocksPerPage), cos, sin,
                              key + int64_t{group} * layout.group_channels() * stride, stride,
                              value + int64_t{group} * layout.heads_per_group * value_head_stride, value_head_stride});
             }};
@@ -164,9 +172,10 @@ class RotateCache final : public WindowedCache {
     return [this, layer, q, scaled = std::move(scaled), tables = &tables_.at(chunk.rope_len)](
                int group, int64_t page_begin, const kernels::PageRun& run, const kernels::SoftmaxState& state) {
       const int64_t half = model().head_dim / 2;
-      const float* q_group = (scaled.empty() ? q : scaled.data()) + int64_t{group} * kv_heads_per_group() * rep() * model().head_dim;
-      rotate_decode({&layers_[layer], run, group, rep(), q_group, tables->page_cos() + page_begin * half, tables->page_sin() + page_begin * half,
-                     tables->token_cos(), tables->token_sin(), state});
+      const float* q_group =
+          (scaled.empty() ? q : scaled.data()) + int64_t{group} * kv_heads_per_group() * rep() * model().head_dim;
+      rotate_decode({&layers_[layer], run, group, rep(), q_group, tables->page_cos() + page_begin * half,
+                     tables->page_sin() + page_begin * half, tables->token_cos(), tables->token_sin(), state});
     };
   }
 
