@@ -166,8 +166,7 @@ int64_t WindowedCache::rope_len_in_window(const Chunk& chunk, int64_t position) 
   return exact.rope_lens()[exact.slot(position)];
 }
 
-// ---- life of a step
-// ---------------------------------------------------------------------------------------------------
+// ---- life of a step ------------------------------------------------------------------------------------------------
 
 int64_t WindowedCache::stored_len_after(const Sequence& sequence, int64_t kv_len) const {
   return std::max(sequence.stored_len, kv_len - exact_.recent);
@@ -201,8 +200,7 @@ std::map<std::string, std::string> WindowedCache::saved_settings() const {
   return settings;
 }
 
-// ---- one layer
-// --------------------------------------------------------------------------------------------------------
+// ---- one layer -----------------------------------------------------------------------------------------------------
 
 WindowedCache::NewKeys WindowedCache::new_keys(const Step& step, const at::Tensor& k) const {
   return {ops::apply_rope(k.to(at::kFloat), step.cos, step.sin).contiguous(), {}};
@@ -326,8 +324,7 @@ void WindowedCache::update_window(int layer, const Chunk& chunk, const Rows& row
   }
 }
 
-// ---- attention
-// --------------------------------------------------------------------------------------------------------
+// ---- attention -----------------------------------------------------------------------------------------------------
 
 // The chunk sees itself exactly, the past as it is stored.
 at::Tensor WindowedCache::prefill_attention(int layer, const Chunk& chunk, at::ScalarType dtype, const at::Tensor& q,

@@ -41,7 +41,7 @@ class WindowedCache : public PagedCache {
   WindowedCache(KvSpec spec, KvModel model, const ExactOptions& exact, int64_t page_bytes,
                 int64_t codes_bytes_per_token, int64_t scale_bytes_per_token);
 
-  // ---- what a format fills in ---------------------------------------------------------------------------------------
+  // ---- what a format fills in --------------------------------------------------------------------------------------
 
   /// The new keys of one layer, all chunks of the step. T tokens.
   struct NewKeys {
@@ -91,7 +91,7 @@ class WindowedCache : public PagedCache {
   /// The window's length, and n_first where there is one. A format that overrides it adds its own to these.
   std::map<std::string, std::string> saved_settings() const override;
 
-  // ---- what a format may ask ----------------------------------------------------------------------------------------
+  // ---- what a format may ask ---------------------------------------------------------------------------------------
 
   /// Positions first .. end - 1.
   struct TokenRange {

@@ -61,8 +61,7 @@ class RotateCache final : public WindowedCache {
     return hash;
   }
 
-  // ---- keys
-  // -----------------------------------------------------------------------------------------------------------
+  // ---- keys --------------------------------------------------------------------------------------------------------
 
   NewKeys new_keys(const Step& step, const at::Tensor& k) const override {
     const auto [rotated, plain] = both_bases(k);
@@ -136,8 +135,7 @@ class RotateCache final : public WindowedCache {
     return rotate_store({&layers_[layer], key, value, channels(), block, first, n_tokens, page});
   }
 
-  // ---- attention
-  // ------------------------------------------------------------------------------------------------------
+  // ---- attention ---------------------------------------------------------------------------------------------------
 
   StoredTokens stored_tokens(int layer, const Chunk& chunk) const override {
     const RopeTables& tables = tables_.at(chunk.rope_len);
