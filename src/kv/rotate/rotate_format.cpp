@@ -4,11 +4,10 @@
 
 #include "base/check.h"
 #include "kv/head_rotation.h"
-#include "kv/paged_cache.h"
 #include "kv/rotate/rotate_cache.h"
 #include "kv/rotate/rotate_calibrator.h"
 #include "kv/rotate/rotate_options.h"
-#include "kv/rotate/sinks.h"
+#include "kv/windowed_cache.h"
 
 namespace rotunda::kv::rotate {
 
@@ -51,12 +50,7 @@ void RotateFormat::fuse(const KvSpec&, const KvModel& model, int, ProjectionWeig
 
 int64_t RotateFormat::planned_bytes(const KvSpec& spec, const KvModel& model, int64_t kv_len) const {
   const RotateOptions options = RotateOptions::from_spec(spec, bits_);
-  const int64_t stored = std::max<int64_t>(0, kv_len - options.recent);
-  const int64_t pages = (stored + kPageTokens - 1) / kPageTokens;
-  const int64_t window = ExactStore(model.n_kv_heads, model.head_dim, options.recent).bytes();
-  // How many different tokens own the largest entries is only known at run time; this is the most.
-  const int64_t sinks = ExactStore(model.n_kv_heads, model.head_dim, std::min<int64_t>(options.sinks, kv_len)).bytes();
-  return model.n_layers * (pages * PagePool(rotate_layout(options, model).page_bytes()).page_bytes() + window + sinks);
+  return planned_windowed_bytes(options.exact, model, rotate_layout(options, model).page_bytes(), kv_len);
 }
 
 std::unique_ptr<KvCache> RotateFormat::make_cache(const KvSpec& spec, const KvModel& model, const ops::TensorBundle& setup) const {

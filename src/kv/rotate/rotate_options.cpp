@@ -1,6 +1,5 @@
 #include "kv/rotate/rotate_options.h"
 
-#include <charconv>
 #include <numeric>
 
 #include "base/check.h"
@@ -12,27 +11,6 @@ namespace {
 
 // Published: 0.8 at 2 bits, none at 3 and 4.
 float default_clip(int bits) { return bits == 2 ? 0.8F : 1.0F; }
-
-template <typename Number>
-Number parse_number(const KvSpec& spec, const std::string& key, Number low, Number high) {
-  const std::string& text = spec.options.at(key);
-  Number value{};
-  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
-  ROTUNDA_CHECK(error == std::errc() && end == text.data() + text.size() && value >= low && value <= high, spec.format, ": option ", key, "=",
-                text, ", expected a number from ", low, " to ", high);
-  return value;
-}
-
-template <typename Value>
-Value parse_choice(const KvSpec& spec, const std::string& key, std::initializer_list<std::pair<const char*, Value>> choices) {
-  const std::string& text = spec.options.at(key);
-  std::string known;
-  for (const auto& [name, value] : choices) {
-    if (text == name) return value;
-    known += (known.empty() ? "" : ", ") + std::string(name);
-  }
-  throw_user_error(concat(spec.format, ": option ", key, "=", text, ", expected one of: ", known));
-}
 
 // What a quantization group must divide so that reordering can do what it says.
 int reorder_scope(Reorder reorder, const KvModel& model) {
@@ -47,19 +25,19 @@ RotateOptions RotateOptions::from_spec(const KvSpec& spec, int bits) {
   options.clip = default_clip(bits);
   for (const auto& [key, text] : spec.options) {
     if (key == "recent") {
-      options.recent = parse_number<int>(spec, key, 0, 1 << 20);
+      options.exact.recent = parse_number(spec, key, 0, 1 << 20);
     } else if (key == "sinks") {
-      options.sinks = parse_number<int>(spec, key, 0, 4096);
+      options.exact.sinks = parse_number(spec, key, 0, 4096);
     } else if (key == "sink_select") {
-      options.sink_select = parse_choice<SinkSelect>(spec, key, {{"prompt", SinkSelect::kPrompt}, {"running", SinkSelect::kRunning}});
+      options.exact.sink_select = parse_choice<SinkSelect>(spec, key, {{"prompt", SinkSelect::kPrompt}, {"running", SinkSelect::kRunning}});
     } else if (key == "reorder") {
       options.reorder = parse_choice<Reorder>(spec, key, {{"layer", Reorder::kLayer}, {"group", Reorder::kGroup}, {"none", Reorder::kNone}});
     } else if (key == "clip") {
-      options.clip = parse_number<float>(spec, key, 0.1F, 1.0F);
+      options.clip = parse_number(spec, key, 0.1F, 1.0F);
     } else if (key == "zero") {
       options.zero = parse_choice<ZeroPoint>(spec, key, {{"code", ZeroPoint::kCode}, {"minimum", ZeroPoint::kMinimum}});
     } else if (key == "group") {
-      options.group = parse_number<int>(spec, key, 16, 1 << 16);
+      options.group = parse_number(spec, key, 16, 1 << 16);
     } else {
       throw_user_error(concat(spec.format, ": option '", key,
                               "' is unknown, expected one of: clip, group, recent, reorder, sink_select, sinks, zero"));

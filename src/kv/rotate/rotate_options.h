@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "kv/kv_format.h"
+#include "kv/kv_options.h"
 #include "kv/rotate/kernels/rotate_codec.h"
 
 namespace rotunda::kv::rotate {
@@ -14,17 +15,10 @@ enum class Reorder {
   kNone,   ///< neighbours, no calibration
 };
 
-enum class SinkSelect {
-  kPrompt,   ///< among the tokens of the prompt (as published)
-  kRunning,  ///< among all tokens so far
-};
-
 /// The options of rotate2, rotate3 and rotate4 (RotateKV, arXiv:2501.16383), read from a KvSpec.
 struct RotateOptions {
   int bits = 2;
-  int recent = 64;  ///< newest tokens kept in 16 bits; 0: the published method
-  int sinks = 20;   ///< largest entries of a layer's input that choose tokens to keep in 16 bits
-  SinkSelect sink_select = SinkSelect::kPrompt;
+  ExactOptions exact;  ///< recent=0: the published method; n_first stays 0
   Reorder reorder = Reorder::kLayer;
   float clip = 0.8F;
   ZeroPoint zero = ZeroPoint::kCode;

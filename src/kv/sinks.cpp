@@ -1,4 +1,4 @@
-#include "kv/rotate/sinks.h"
+#include "kv/sinks.h"
 
 #include <ATen/ATen.h>
 
@@ -6,16 +6,16 @@
 
 #include "base/check.h"
 
-namespace rotunda::kv::rotate {
+namespace rotunda::kv {
 
-bool LayerSinks::would_change(const at::Tensor& hidden) const {
-  if (n_entries_ == 0) return false;
+bool LayerSinks::would_change(const at::Tensor& hidden, int64_t first) const {
+  if (first < n_first_) return true;
+  if (n_entries_ == 0 || !hidden.defined()) return false;
   if (static_cast<int>(entries_.size()) < n_entries_) return true;
   return hidden.abs().max().item<float>() > entries_.back().magnitude;
 }
 
-bool LayerSinks::update(const at::Tensor& hidden, int64_t first, const float* key, const float* value) {
-  if (!would_change(hidden)) return false;
+void LayerSinks::choose(const at::Tensor& hidden, int64_t first) {
   const at::Tensor magnitude = hidden.abs().to(at::kFloat);
   // Any of the n largest entries belongs to one of the n tokens with the largest maxima, so only those are searched.
   const int64_t n_candidates = std::min<int64_t>(n_entries_, magnitude.size(0));
@@ -26,10 +26,23 @@ bool LayerSinks::update(const at::Tensor& hidden, int64_t first, const float* ke
     const int64_t row = candidates[indices[i].item<int64_t>() / magnitude.size(1)].item<int64_t>();
     entries_.push_back({values[i].item<float>(), first + row});
   }
-  std::stable_sort(entries_.begin(), entries_.end(), [](const SinkEntry& a, const SinkEntry& b) { return a.magnitude > b.magnitude; });
+  std::stable_sort(entries_.begin(), entries_.end(),
+                   [](const SinkEntry& a, const SinkEntry& b) { return a.magnitude > b.magnitude; });
   if (static_cast<int>(entries_.size()) > n_entries_) entries_.resize(n_entries_);
+}
 
-  const std::vector<int64_t> wanted = positions();
+bool LayerSinks::update(const at::Tensor& hidden, int64_t first, int64_t n_tokens, const float* key,
+                        const float* value) {
+  if (!would_change(hidden, first)) return false;
+  if (n_entries_ > 0 && hidden.defined()) choose(hidden, first);
+
+  std::vector<int64_t> wanted;
+  for (const SinkEntry& entry : entries_) wanted.push_back(entry.position);
+  for (int64_t position = 0; position < std::min<int64_t>(n_first_, first + n_tokens); ++position)
+    wanted.push_back(position);
+  std::sort(wanted.begin(), wanted.end());
+  wanted.erase(std::unique(wanted.begin(), wanted.end()), wanted.end());
+
   for (int64_t& slot : slots_)
     if (slot >= 0 && !std::binary_search(wanted.begin(), wanted.end(), slot)) slot = -1;
   for (const int64_t position : wanted) {
@@ -41,8 +54,10 @@ bool LayerSinks::update(const at::Tensor& hidden, int64_t first, const float* ke
       free = std::find(slots_.begin(), slots_.end(), -1);
     }
     const int64_t channels = int64_t{store_.layout().n_kv_heads} * store_.layout().head_dim;
-    const bool finite = store_.write(free - slots_.begin(), key + (position - first) * channels, value + (position - first) * channels);
-    ROTUNDA_CHECK(finite, "kv cache: the key or value of token ", position, " (a sink) is NaN, infinite or beyond fp16");
+    const bool finite =
+        store_.write(free - slots_.begin(), key + (position - first) * channels, value + (position - first) * channels);
+    ROTUNDA_CHECK(finite, "kv cache: the key or value of token ", position,
+                  " (a sink) is NaN, infinite or beyond fp16");
     *free = position;
   }
   return true;
@@ -50,9 +65,9 @@ bool LayerSinks::update(const at::Tensor& hidden, int64_t first, const float* ke
 
 std::vector<int64_t> LayerSinks::positions() const {
   std::vector<int64_t> positions;
-  for (const SinkEntry& entry : entries_) positions.push_back(entry.position);
+  for (const int64_t position : slots_)
+    if (position >= 0) positions.push_back(position);
   std::sort(positions.begin(), positions.end());
-  positions.erase(std::unique(positions.begin(), positions.end()), positions.end());
   return positions;
 }
 
@@ -69,4 +84,4 @@ void LayerSinks::restore(std::vector<SinkEntry> entries, std::vector<int64_t> sl
   store_.import_bytes(bytes);
 }
 
-}  // namespace rotunda::kv::rotate
+}  // namespace rotunda::kv

@@ -1,19 +1,24 @@
-#include "kv/rotate/rope_tables.h"
+#include "kv/rope_tables.h"
 
+#include <algorithm>
 #include <cmath>
 
-namespace rotunda::kv::rotate {
+#include "base/check.h"
+
+namespace rotunda::kv {
 
 using kernels::kTokenBlock;
 
-RopeTables::RopeTables(std::vector<double> inv_freq, int64_t page_tokens) : inv_freq_(std::move(inv_freq)), page_tokens_(page_tokens) {
+RopeTables::RopeTables(std::vector<double> inv_freq, int64_t page_tokens)
+    : inv_freq_(std::move(inv_freq)), page_tokens_(page_tokens) {
   const size_t pairs = inv_freq_.size();
   token_cos_.resize(pairs * static_cast<size_t>(page_tokens));
   token_sin_.resize(pairs * static_cast<size_t>(page_tokens));
   for (int64_t token = 0; token < page_tokens; ++token) {
     for (size_t pair = 0; pair < pairs; ++pair) {
       const double angle = static_cast<double>(token) * inv_freq_[pair];
-      const size_t place = (static_cast<size_t>(token / kTokenBlock) * pairs + pair) * kTokenBlock + static_cast<size_t>(token % kTokenBlock);
+      const size_t place = (static_cast<size_t>(token / kTokenBlock) * pairs + pair) * kTokenBlock +
+                           static_cast<size_t>(token % kTokenBlock);
       token_cos_[place] = static_cast<float>(std::cos(angle));
       token_sin_[place] = static_cast<float>(std::sin(angle));
     }
@@ -50,4 +55,27 @@ void RopeTables::block(int64_t block, float factor, float* cos, float* sin) cons
   }
 }
 
-}  // namespace rotunda::kv::rotate
+int64_t RopeTableSet::key(int64_t rope_len) const {
+  return rope_.depends_on_length() && rope_len > rope_.spec().max_position_embeddings ? rope_len : 0;
+}
+
+const RopeTables& RopeTableSet::prepare(int64_t rope_len, int64_t n_pages) {
+  auto [it, added] = tables_.try_emplace(key(rope_len));
+  if (added) it->second = RopeTables(rope_.inv_freq(it->first), page_tokens_);
+  it->second.reserve_pages(n_pages);
+  return it->second;
+}
+
+const RopeTables& RopeTableSet::at(int64_t rope_len) const {
+  const auto it = tables_.find(key(rope_len));
+  ROTUNDA_ASSERT(it != tables_.end(), "RoPE angles for length ", rope_len, " were not prepared");
+  return it->second;
+}
+
+void RopeTableSet::keep_only(const std::vector<int64_t>& rope_lens) {
+  std::erase_if(tables_, [&](const auto& table) {
+    return std::none_of(rope_lens.begin(), rope_lens.end(), [&](int64_t length) { return key(length) == table.first; });
+  });
+}
+
+}  // namespace rotunda::kv

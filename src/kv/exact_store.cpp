@@ -1,4 +1,4 @@
-#include "kv/rotate/exact_store.h"
+#include "kv/exact_store.h"
 
 #include <ATen/ATen.h>
 
@@ -7,7 +7,7 @@
 #include "base/check.h"
 #include "base/half.h"
 
-namespace rotunda::kv::rotate {
+namespace rotunda::kv {
 
 using kernels::kTokenBlock;
 
@@ -70,4 +70,4 @@ void ExactStore::grow(int64_t wanted_slots) {
   *this = std::move(larger);
 }
 
-}  // namespace rotunda::kv::rotate
+}  // namespace rotunda::kv

@@ -8,7 +8,7 @@
 
 #include "kernels/attention/decode_attention.h"
 
-namespace rotunda::kv::rotate {
+namespace rotunda::kv {
 
 /// Slots for tokens in 16 bits (fp16: more mantissa than bf16, and keys that overflow it are refused), one layer: keys after RoPE,
 /// values rotated. Any token may lie in any slot; who owns the store remembers which.
@@ -45,4 +45,4 @@ class ExactStore {
   std::vector<std::byte> storage_;
 };
 
-}  // namespace rotunda::kv::rotate
+}  // namespace rotunda::kv

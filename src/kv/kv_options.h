@@ -1,0 +1,44 @@
+#pragma once
+
+#include <initializer_list>
+#include <string>
+#include <utility>
+
+#include "base/check.h"
+#include "kv/kv_spec.h"
+
+namespace rotunda::kv {
+
+/// Among which tokens sinks are chosen by the entries of a layer's input.
+enum class SinkSelect {
+  kPrompt,   ///< among the tokens of the prompt (as published)
+  kRunning,  ///< among all tokens so far
+};
+
+/// What a packed format keeps in 16 bits beside its pages.
+struct ExactOptions {
+  int recent = 64;  ///< newest tokens; 0: none
+  int sinks = 20;   ///< largest entries of a layer's input that choose tokens to keep; 0: none
+  SinkSelect sink_select = SinkSelect::kPrompt;
+  int n_first = 0;  ///< first tokens of a sequence, kept whatever their entries are
+};
+
+/// The value of option `key`, which `spec` has. @throws Error{kUser} naming format, option, got and expected where it is
+/// no number from `low` to `high`.
+int parse_number(const KvSpec& spec, const std::string& key, int low, int high);
+float parse_number(const KvSpec& spec, const std::string& key, float low, float high);
+
+/// The same for a value that has a name. @throws Error{kUser} listing the names.
+template <typename Value>
+Value parse_choice(const KvSpec& spec, const std::string& key,
+                   std::initializer_list<std::pair<const char*, Value>> choices) {
+  const std::string& text = spec.options.at(key);
+  std::string known;
+  for (const auto& [name, value] : choices) {
+    if (text == name) return value;
+    known += (known.empty() ? "" : ", ") + std::string(name);
+  }
+  throw_user_error(concat(spec.format, ": option ", key, "=", text, ", expected one of: ", known));
+}
+
+}  // namespace rotunda::kv
