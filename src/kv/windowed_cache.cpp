@@ -275,15 +275,16 @@ void WindowedCache::throw_not_finite(int layer, const Chunk& chunk, int64_t firs
                           first, " to ", end - 1, " is NaN, infinite or beyond fp16"));
 }
 
-// Writes rows (of tokens first .. end - 1) to their pages, block by block on all threads.
+// Writes rows (of tokens first .. end - 1) to their pages, block by block on all threads. Pairs of blocks stay together,
+// because a format may keep a word for both.
 void WindowedCache::store_rows(int layer, const Chunk& chunk, int64_t first, int64_t end, const Rows& rows) const {
   if (first >= end) return;
   const int64_t first_block = first / kTokenBlock;
   const int64_t end_block = (end + kTokenBlock - 1) / kTokenBlock;
   std::atomic<bool> finite{true};
-  at::parallel_for(first_block, end_block, 4, [&](int64_t begin_block, int64_t stop_block) {
+  at::parallel_for(first_block / 2, (end_block + 1) / 2, 2, [&](int64_t begin_pair, int64_t end_pair) {
     std::vector<float> made;
-    for (int64_t block = begin_block; block < stop_block; ++block) {
+    for (int64_t block = std::max(first_block, 2 * begin_pair); block < std::min(end_block, 2 * end_pair); ++block) {
       const int64_t low = std::max(first, block * kTokenBlock);
       const int64_t high = std::min(end, (block + 1) * kTokenBlock);
       const Rows own = rows.from((low - first) * channels());

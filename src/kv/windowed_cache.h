@@ -61,7 +61,8 @@ class WindowedCache : public PagedCache {
   /// @param keys [n_tokens][kv_channels] fp32 as NewKeys::turned; a token of the window has been through fp16
   virtual void make_packable(int layer, const Chunk& chunk, int64_t first, int64_t n_tokens, float* keys) const = 0;
 
-  /// Packs tokens into one block of 16; other tokens of the block stay as they are. Threads, each another block.
+  /// Packs tokens into one block of 16; other tokens of the block stay as they are. Threads, each with other pairs of
+  /// blocks 2 i and 2 i + 1 of a page, so that the two may share a word.
   /// @param page the page's bytes   @param block within the page
   /// @param first within the block; first + n_tokens <= 16
   /// @param key [n_tokens][kv_channels] packable rows   @param value [n_tokens][kv_channels] fp32, as given

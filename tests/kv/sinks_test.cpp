@@ -18,7 +18,8 @@ constexpr int kHeads = 2;
 constexpr int kHeadDim = 16;
 constexpr int kChannels = kHeads * kHeadDim;
 
-// A text whose keys and values say which token they are of; tokens 9 and 30 have the largest layer inputs, then 2 and 1.
+// A text whose keys and values say which token they are of; tokens 9 and 30 have the largest layer inputs, then 2 and
+// 1.
 class SinksTest : public ::testing::Test {
  protected:
   static constexpr int64_t kTokens = 48;

@@ -1,13 +1,17 @@
-// What WindowedCache does for a format, shown with pages that keep elements as they are: whatever differs from exact attention
-// is the work of the cache, not of codes.
+// What WindowedCache does for a format, shown with pages that keep elements as they are: whatever differs from exact
+// attention is the work of the cache, not of codes.
 
 #include "kv/windowed_cache.h"
 
+#include <ATen/Parallel.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
 #include <algorithm>
 #include <functional>
+#include <map>
+#include <mutex>
+#include <thread>
 
 #include "kv_harness.h"
 
@@ -20,14 +24,17 @@ using testing::random_text;
 using testing::small_model;
 using testing::Text;
 
-// Pages of -k in fp32, packed from keys after RoPE. The keys of the first `n_lost` tokens of a sequence are lost in packing, so
-// attention is right only where these tokens are read from the exact parts.
+// Pages of -k in fp32, packed from keys after RoPE. The keys of the first `n_lost` tokens of a sequence are lost in
+// packing, so attention is right only where these tokens are read from the exact parts.
 class NegativePages final : public WindowedCache {
  public:
   NegativePages(const KvModel& model, const ExactOptions& exact, int64_t n_lost)
       : WindowedCache({"negative", {}}, model, exact, layout_of(model).page_bytes(), 8 * model.kv_channels(), 0),
         layout_(layout_of(model)),
         n_lost_(n_lost) {}
+
+  // Whether some pair of blocks was stored by two threads.
+  bool pair_was_split() const { return pair_was_split_; }
 
  private:
   static kernels::PlainPageLayout layout_of(const KvModel& model) {
@@ -46,6 +53,11 @@ class NegativePages final : public WindowedCache {
 
   bool store(int, std::byte* page, int block, int first, int n_tokens, const float* key,
              const float* value) const override {
+    {
+      const std::lock_guard lock(mutex_);
+      const auto pair = stored_by_.try_emplace({page, block / 2}, std::this_thread::get_id()).first;
+      if (pair->second != std::this_thread::get_id()) pair_was_split_ = true;
+    }
     return kernels::store_plain(layout_, key, value, channels(), block * 16 + first, n_tokens, page);
   }
 
@@ -80,6 +92,9 @@ class NegativePages final : public WindowedCache {
 
   kernels::PlainPageLayout layout_;
   int64_t n_lost_;
+  mutable std::mutex mutex_;
+  mutable std::map<std::pair<std::byte*, int>, std::thread::id> stored_by_;
+  mutable bool pair_was_split_ = false;
 };
 
 class WindowedCacheTest : public ::testing::TestWithParam<ExactOptions> {
@@ -131,6 +146,16 @@ TEST_P(WindowedCacheTest, QuantizeAllIsExact) {
   NegativePages made = cache();
   const SeqId seq = made.create();
   EXPECT_LT(nmse(step(made, seq, 0, kTokens, true, StepKind::kQuantizeAll), expected_), kTolerance);
+}
+
+TEST_P(WindowedCacheTest, PairsOfBlocksAreStoredByOneThread) {
+  const int before = at::get_num_threads();
+  at::set_num_threads(3);
+  NegativePages made = cache();
+  const SeqId seq = made.create();
+  step(made, seq, 0, kTokens, true, StepKind::kQuantizeAll);  // 13 blocks: three threads would take 5 each
+  at::set_num_threads(before);
+  EXPECT_FALSE(made.pair_was_split());
 }
 
 TEST_P(WindowedCacheTest, ChunksAndSingleTokensAreExact) {
