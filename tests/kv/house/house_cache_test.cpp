@@ -232,9 +232,9 @@ class HouseCacheTest : public ::testing::TestWithParam<Case> {
   static constexpr int64_t kTokens = 210;
   // Codes agree with fp64 but for ties; feedback carries a flipped code's error on to the codes behind it.
   static constexpr double kTolerance = 1e-3;
-  // Decode rounds the query to 8 bits: a relative error of 0.7 % in every score's noise, so 5e-5 in squared error, against 5e-2 for
-  // the codes themselves. Keys that leave the window have been through fp16, which turns about one code in a thousand.
-  static constexpr double kDecodeTolerance = 4e-3;
+  // Keys that leave the window have been through fp16, which turns a code in a thousand (more where the largest channels are tens of
+  // times the smallest), and the codes behind it; decode rounds the query to 8 bits. The codes themselves lose 0.1 and more.
+  static constexpr double kDecodeTolerance = 1.2e-2;
 
   KvModel model_ = test_model();
   FusedCache::Projections original_ = projections(model_, GetParam().bias);
@@ -273,7 +273,7 @@ INSTANTIATE_TEST_SUITE_P(
                       Case{"rotunda2:sinks=0,recent=16,feedback=none", {.feedback = false, .recent = 16}},
                       Case{"rotunda2:sinks=0,recent=16,balance=none", {.balance = false, .recent = 16}},
                       Case{"rotunda2:sinks=0,recent=16,scale=least_squares", {.unbiased = false, .recent = 16}},
-                      Case{"rotunda2:sinks=0,recent=16,shift_pairs=1", {.recent = 16}, 60.0},
+                      Case{"rotunda2:sinks=0,recent=16,shift_pairs=1", {.recent = 16}, 8.0},
                       Case{"rotunda2:sinks=0,recent=16,values=4", {.value_bits = 4, .recent = 16}},
                       Case{"rotunda3:sinks=0,recent=16", {.key_bits = 3, .value_bits = 3, .recent = 16}},
                       Case{"rotunda4:sinks=0,recent=16", {.key_bits = 4, .value_bits = 4, .recent = 16}, 5.0}));
