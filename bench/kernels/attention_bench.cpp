@@ -19,6 +19,8 @@
 
 #include "kernels/attention/decode_attention.h"
 #include "kernels/attention/decode_attention_ref.h"
+#include "kv/house/kernels/house_codec.h"
+#include "kv/house/kernels/house_codec_ref.h"
 #include "kv/rotate/kernels/rotate_codec.h"
 #include "kv/rotate/kernels/rotate_codec_ref.h"
 
@@ -186,6 +188,31 @@ void BM_decode_plain(benchmark::State& state, ElementType type) {
   count(state, tokens, pages.bytes);
 }
 
+/// cos and sin of the first positions of pages and of the positions within a page, Llama 3's frequencies.
+struct RopeTables {
+  std::vector<float> page_cos, page_sin, token_cos, token_sin;
+
+  explicit RopeTables(int n_pages) : token_cos(kPageTokens * kHalf), token_sin(kPageTokens * kHalf) {
+    for (int i = 0; i < kHalf; ++i) {
+      const double f = std::pow(500000.0, -i / static_cast<double>(kHalf));
+      for (int t = 0; t < kPageTokens; ++t) {
+        token_cos[(t / 16 * kHalf + i) * 16 + t % 16] = static_cast<float>(std::cos(t * f));
+        token_sin[(t / 16 * kHalf + i) * 16 + t % 16] = static_cast<float>(std::sin(t * f));
+      }
+    }
+    for (int page = 0; page < n_pages; ++page) {
+      for (int i = 0; i < kHalf; ++i) {
+        const double angle = page * kPageTokens * std::pow(500000.0, -i / static_cast<double>(kHalf));
+        page_cos.push_back(static_cast<float>(std::cos(angle)));
+        page_sin.push_back(static_cast<float>(std::sin(angle)));
+      }
+    }
+  }
+
+ private:
+  static constexpr int kHalf = kHeadDim / 2;
+};
+
 struct Rotated {
   RotateLayer layer;
   std::vector<uint16_t> group;
@@ -220,33 +247,74 @@ void BM_rotate_decode(benchmark::State& state, int bits, ZeroPoint zero) {
     }
   }
   constexpr int kHalf = kHeadDim / 2;
-  std::vector<float> page_cos, page_sin;
-  std::vector<float> token_cos(kPageTokens * kHalf), token_sin(kPageTokens * kHalf);
-  for (int i = 0; i < kHalf; ++i) {
-    const double f = std::pow(500000.0, -i / static_cast<double>(kHalf));
-    for (int t = 0; t < kPageTokens; ++t) {
-      token_cos[(t / 16 * kHalf + i) * 16 + t % 16] = static_cast<float>(std::cos(t * f));
-      token_sin[(t / 16 * kHalf + i) * 16 + t % 16] = static_cast<float>(std::sin(t * f));
-    }
-  }
-  for (int page = 0; page < n_pages; ++page) {
-    for (int i = 0; i < kHalf; ++i) {
-      const double angle = page * kPageTokens * std::pow(500000.0, -i / static_cast<double>(kHalf));
-      page_cos.push_back(static_cast<float>(std::cos(angle)));
-      page_sin.push_back(static_cast<float>(std::sin(angle)));
-    }
-  }
+  const RopeTables rope(n_pages);
   const std::vector<float> q = queries();
   const auto with = [&](const auto& kernel, int pages_used) {
     return run_split(kKvHeads / kRotated, pages_used, [&](int group, int first, int last, kernels::SoftmaxState into) {
       kernel(kv::rotate::RotateDecodeParams{&r.layer, pages.run(first, last), group, kRep, q.data() + int64_t{group} * kRotated * kRep * kHeadDim,
-                                            page_cos.data() + first * kHalf, page_sin.data() + first * kHalf, token_cos.data(), token_sin.data(), into});
+                                            rope.page_cos.data() + first * kHalf, rope.page_sin.data() + first * kHalf, rope.token_cos.data(),
+                                            rope.token_sin.data(), into});
     });
   };
   if (largest_difference(with(kv::rotate::rotate_decode, 2), with(kv::rotate::rotate_decode_ref, 2)) > 1e-5) {
     return state.SkipWithError("differs from the reference");
   }
   for (auto _ : state) benchmark::DoNotOptimize(with(kv::rotate::rotate_decode, n_pages));
+  count(state, tokens, pages.bytes);
+  state.counters["x_smaller"] = static_cast<double>(tokens) * kChannels * 4 / static_cast<double>(pages.bytes);
+}
+
+struct House {
+  kv::house::HouseLayer layer;
+  std::vector<float> feedback;
+  std::vector<float> key = normal_rows(int64_t{kPageTokens} * kChannels, 1);
+  std::vector<float> value = normal_rows(int64_t{kPageTokens} * kChannels, 2);
+
+  explicit House(int bits) : feedback(normal_rows(int64_t{kChannels} * kHeadDim, 3)) {
+    for (float& x : feedback) x *= 0.05F;
+    layer.layout = {bits, bits, kKvHeads, kHeadDim, kBlocks};
+    layer.feedback = feedback.data();
+    layer.hadamard = kernels::hadamard_plan(kHeadDim);
+  }
+  House(const House&) = delete;
+};
+
+/// @param n_pairs RoPE pairs that have a shift
+void BM_house_decode(benchmark::State& state, int bits, int n_pairs) {
+  const auto tokens = static_cast<int>(state.range(0));
+  const House house(bits);
+  const kv::house::HousePageLayout& layout = house.layer.layout;
+  const int n_pages = tokens / kPageTokens;
+  const Pages pages(n_pages, layout.page_bytes());
+  for (int i = 0; i < n_pages; ++i) {
+    for (int block = 0; block < kBlocks; ++block) {
+      const int64_t row = int64_t{(block + i) % kBlocks} * 16 * kChannels;
+      if (!kv::house::house_store({&house.layer, house.key.data() + row, house.value.data() + row, kChannels, block, 0, 16, pages.owned[i].get()})) {
+        return state.SkipWithError("house_store");
+      }
+    }
+  }
+  const RopeTables rope(n_pages);
+  std::vector<uint16_t> pairs(n_pairs);
+  for (int i = 0; i < n_pairs; ++i) pairs[i] = static_cast<uint16_t>(kHeadDim / 2 - n_pairs + i);
+  std::vector<float> a = normal_rows(int64_t{kHeads} * n_pairs, 4);
+  std::vector<float> b = normal_rows(int64_t{kHeads} * n_pairs, 5);
+  for (float& x : a) x *= 0.1F;
+  for (float& x : b) x *= 0.1F;
+  const std::vector<float> q = queries();
+  const auto with = [&](const auto& kernel, int pages_used) {
+    return run_split(kKvHeads, pages_used, [&](int head, int first, int last, kernels::SoftmaxState into) {
+      const int64_t at = int64_t{head} * kRep * n_pairs;
+      const kv::house::ShiftTerm shift{n_pairs, pairs.data(), a.data() + at, b.data() + at, rope.page_cos.data() + first * kHeadDim / 2,
+                                       rope.page_sin.data() + first * kHeadDim / 2, rope.token_cos.data(), rope.token_sin.data()};
+      kernel(kv::house::HouseDecodeParams{&house.layer, pages.run(first, last), head, kRep, q.data() + int64_t{head} * kRep * kHeadDim, shift, into});
+    });
+  };
+  // The reference takes the query as it is, the kernel rounds it to 8 bits.
+  if (largest_difference(with(kv::house::house_decode, 4), with(kv::house::house_decode_ref, 4)) > 5e-3) {
+    return state.SkipWithError("differs from the reference");
+  }
+  for (auto _ : state) benchmark::DoNotOptimize(with(kv::house::house_decode, n_pages));
   count(state, tokens, pages.bytes);
   state.counters["x_smaller"] = static_cast<double>(tokens) * kChannels * 4 / static_cast<double>(pages.bytes);
 }
@@ -304,6 +372,32 @@ void BM_rotate_store(benchmark::State& state, int bits, ZeroPoint zero) {
   state.counters["GB/s"] = benchmark::Counter(static_cast<double>(n) * kChannels * 8e-9, benchmark::Counter::kIsIterationInvariantRate);
 }
 
+void BM_house_store(benchmark::State& state, int bits) {
+  const auto n = static_cast<int>(state.range(0));
+  const House house(bits);
+  const Bytes page = allocate(house.layer.layout.page_bytes());
+  const Bytes want = allocate(house.layer.layout.page_bytes());
+  kv::house::HouseStoreParams p{&house.layer, house.key.data(), house.value.data(), kChannels, 0, 0, n, page.get()};
+  const bool good = kv::house::house_store(p);
+  p.page = want.get();
+  if (!good || !kv::house::house_store_ref(p) || std::memcmp(page.get(), want.get(), house.layer.layout.page_bytes()) != 0) {
+    return state.SkipWithError("differs from the reference");
+  }
+  p.page = page.get();
+  int64_t token = 0;
+  for (auto _ : state) {
+    p.block = static_cast<int>(token / 16 % kBlocks);
+    p.first = static_cast<int>(token % 16);
+    p.key = house.key.data() + token % kPageTokens * kChannels;
+    p.value = house.value.data() + token % kPageTokens * kChannels;
+    benchmark::DoNotOptimize(kv::house::house_store(p));
+    token += n;
+  }
+  state.counters["us/token"] = benchmark::Counter(static_cast<double>(n) * 1e-6, benchmark::Counter::kIsIterationInvariantRate | benchmark::Counter::kInvert);
+  state.counters["us/token/head"] =
+      benchmark::Counter(static_cast<double>(n) * kKvHeads * 1e-6, benchmark::Counter::kIsIterationInvariantRate | benchmark::Counter::kInvert);
+}
+
 void BM_store_plain(benchmark::State& state, ElementType type) {
   const auto n = static_cast<int>(state.range(0));
   const kernels::PlainPageLayout layout{type, kKvHeads, kHeadDim, kBlocks};
@@ -332,6 +426,19 @@ void BM_rotate_load(benchmark::State& state, int bits) {
   }
 }
 
+/// One block of one kv head to fp32.
+void BM_house_load(benchmark::State& state, int bits) {
+  const House house(bits);
+  const Bytes page = allocate(house.layer.layout.page_bytes());
+  if (!kv::house::house_store({&house.layer, house.key.data(), house.value.data(), kChannels, 0, 0, 16, page.get()})) return state.SkipWithError("house_store");
+  std::vector<float> key(kHeadDim * 16);
+  std::vector<float> value(kHeadDim * 16);
+  for (auto _ : state) {
+    kv::house::house_load({&house.layer, page.get(), 0, 0, nullptr, nullptr, key.data(), 16, value.data()});
+    benchmark::ClobberMemory();
+  }
+}
+
 void lengths(benchmark::internal::Benchmark* b) {
   b->Arg(4096)->Arg(8192)->Arg(32768)->Unit(benchmark::kMillisecond)->UseRealTime()->Repetitions(5)->ReportAggregatesOnly();
 }
@@ -348,13 +455,22 @@ BENCHMARK_CAPTURE(BM_rotate_decode, 2bit, 2, ZeroPoint::kCode)->Apply(lengths);
 BENCHMARK_CAPTURE(BM_rotate_decode, 2bit_minimum, 2, ZeroPoint::kMinimum)->Apply(lengths);
 BENCHMARK_CAPTURE(BM_rotate_decode, 3bit, 3, ZeroPoint::kCode)->Apply(lengths);
 BENCHMARK_CAPTURE(BM_rotate_decode, 4bit, 4, ZeroPoint::kCode)->Apply(lengths);
+BENCHMARK_CAPTURE(BM_house_decode, rotunda2, 2, 0)->Apply(lengths);
+BENCHMARK_CAPTURE(BM_house_decode, rotunda3, 3, 0)->Apply(lengths);
+BENCHMARK_CAPTURE(BM_house_decode, rotunda4, 4, 0)->Apply(lengths);
+BENCHMARK_CAPTURE(BM_house_decode, rotunda2_shift16, 2, 16)->Apply(lengths);
+BENCHMARK_CAPTURE(BM_house_decode, rotunda2_shift64, 2, 64)->Apply(lengths);
 BENCHMARK_CAPTURE(BM_rotate_store, 2bit, 2, ZeroPoint::kCode)->Apply(counts);
 BENCHMARK_CAPTURE(BM_rotate_store, 2bit_minimum, 2, ZeroPoint::kMinimum)->Apply(counts);
 BENCHMARK_CAPTURE(BM_rotate_store, 3bit, 3, ZeroPoint::kCode)->Apply(counts);
 BENCHMARK_CAPTURE(BM_rotate_store, 4bit, 4, ZeroPoint::kCode)->Apply(counts);
+BENCHMARK_CAPTURE(BM_house_store, rotunda2, 2)->Apply(counts);
+BENCHMARK_CAPTURE(BM_house_store, rotunda3, 3)->Apply(counts);
+BENCHMARK_CAPTURE(BM_house_store, rotunda4, 4)->Apply(counts);
 BENCHMARK_CAPTURE(BM_store_plain, bf16, ElementType::kBf16)->Apply(counts);
 BENCHMARK_CAPTURE(BM_store_plain, fp16, ElementType::kFp16)->Apply(counts);
 BENCHMARK_CAPTURE(BM_rotate_load, 2bit, 2)->Unit(benchmark::kMicrosecond);
+BENCHMARK_CAPTURE(BM_house_load, rotunda2, 2)->Unit(benchmark::kMicrosecond);
 
 }  // namespace
 }  // namespace rotunda

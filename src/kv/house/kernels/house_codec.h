@@ -42,10 +42,10 @@ struct HouseLayer {
 
 /// Quantizes up to 16 consecutive tokens that lie in one block. Per token and head, all in fp32, sums over channels in
 /// ascending order, products rounded before they are added (no fused step), so that every instruction set gives the same bytes:
-///   1. e = sum y^2; e = 0 (also by underflow): scale 0, every code value +1.   r = sqrt(e / d).
+///   1. e = sum y^2; e / d = 0 (also by underflow): scale 0, every code value +1.   r = sqrt(e / d).
 ///   2. For each candidate step t = candidate * r: q = clamp(floor(y * (0.5 / t) + 2^(b-1)), 0, 2^b - 1), c = 2 q - (2^b - 1),
 ///      yc = sum y c, cc = sum c^2. The codes with the largest yc^2 / cc win, the first of equals.
-///   3. Keys with feedback: s = yc / cc of the winner, x = y; for i = 0 .. d - 1: q_i, c_i from x_i by the winner's step;
+///   3. Keys with feedback: s = yc / cc of the winner (refused where it overflows fp16), x = y; for i = 0 .. d - 1: q_i, c_i from x_i by the winner's step;
 ///      f = x_i - s c_i; x_j -= f * feedback(i, j) for j > i. Then yc = sum y c and cc = sum c^2 anew with the original y; where
 ///      yc is not above 0, the codes of step 2 stay.
 ///   4. scale = fp16(e / yc), or fp16(yc / cc) by ScaleRule::kLeastSquares; where it underflows to 0, the smallest fp16 above 0.
@@ -60,7 +60,9 @@ struct HouseStoreParams {
   std::byte* page;
 };
 
-/// @return false where an element is not finite, a sum overflows, or a scale overflows fp16; the tokens' bytes are then unspecified
+/// Highway, dispatched at run time.
+/// @return false where an element is not finite, a sum overflows, or a scale (the stored one or s of step 3, feedback or not)
+/// overflows fp16; the tokens' bytes are then unspecified
 bool house_store(const HouseStoreParams& params);
 
 /// The part of a score that the shift took away: q R_m . mu R_n = sum over pairs of
