@@ -11,6 +11,7 @@
 namespace rotunda::engine {
 namespace {
 
+using testing::AllOf;
 using testing::HasSubstr;
 
 class CalibrationTest : public testing::Test {
@@ -78,6 +79,31 @@ TEST_F(CalibrationTest, WrongFilesAreRefused) {
   EXPECT_THAT(toy::error_of([&] { calibrate(session_, text_, options); }), HasSubstr("bf16 has nothing to calibrate"));
   options.formats = {"nonsense"};
   EXPECT_THAT(toy::error_of([&] { calibrate(session_, text_, options); }), HasSubstr("nonsense"));
+}
+
+TEST_F(CalibrationTest, AFormatThatNeedsNoneTakesOneWhereItIsGiven) {
+  CalibrateOptions options;
+  options.formats = {"rotunda3", "rotunda2"};  // of one mind: one part of the file
+  const ops::TensorBundle file = calibrate(session_, text_, options);
+  EXPECT_EQ(file.meta("rotunda.formats"), "rotunda");
+  io::write_bundle(folder_ / "file", file);
+  options.formats = {"rotate2"};
+  io::write_bundle(folder_ / "other", calibrate(session_, text_, options));
+
+  const kv::KvSpec spec = kv::parse_kv_spec("rotunda2");
+  const KvBinding free = bind_kv(session_, spec, std::nullopt, {}, nullptr);
+  EXPECT_FALSE(free.calibration.has_value());
+  EXPECT_THAT(free.used.to_string(), AllOf(HasSubstr("balance=weights"), HasSubstr("shift=bias"), HasSubstr("feedback=weights")));
+  const KvBinding calibrated = bind_kv(session_, spec, folder_ / "file", {}, nullptr);
+  EXPECT_THAT(calibrated.used.to_string(), AllOf(HasSubstr("balance=calibrated"), HasSubstr("shift=mean"), HasSubstr("feedback=calibrated")));
+  EXPECT_NE(calibrated.make_cache(), nullptr);
+  EXPECT_THAT(toy::error_of([&] { bind_kv(session_, spec, folder_ / "other", {}, nullptr); }),
+              HasSubstr("has no calibration for rotunda2, it was made for: rotate2"));
+  EXPECT_FALSE(std::filesystem::exists(folder_ / "calibrations")) << "made without being asked for";
+  // Asked for by name, one is made.
+  const KvBinding built_in = bind_kv(session_, kv::parse_kv_spec("rotunda2:shift=mean"), std::nullopt, {}, nullptr);
+  EXPECT_TRUE(built_in.calibration.has_value());
+  EXPECT_TRUE(std::filesystem::exists(builtin_calibration_path(session_.model->weights_hash(), "rotunda")));
 }
 
 TEST_F(CalibrationTest, TheBuiltInOneIsKeptAndMadeAnewWhereDamaged) {

@@ -27,6 +27,17 @@ rotunda::kv::KvModel tiny_model() {
   return model;
 }
 
+rotunda::kv::ProjectionWeights tiny_projections(const rotunda::kv::KvModel& model) {
+  const auto ramp = [&](int64_t rows, int64_t columns) { return at::linspace(-1.0, 1.0, rows * columns).view({rows, columns}); };
+  rotunda::kv::ProjectionWeights weights;
+  weights.q_weight = ramp(int64_t{model.n_heads} * model.head_dim, model.hidden_size);
+  weights.k_weight = ramp(model.kv_channels(), model.hidden_size);
+  weights.v_weight = ramp(model.kv_channels(), model.hidden_size);
+  weights.o_weight = ramp(model.hidden_size, int64_t{model.n_heads} * model.head_dim);
+  weights.input_gain = at::ones({model.hidden_size});
+  return weights;
+}
+
 template <typename Body>
 void expect_error_or_success(const Body& body) {
   try {
@@ -54,13 +65,17 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     return 0;
   }
   const kv::KvModel model = tiny_model();
-  for (const char* name : {"bf16", "rotate2"}) {
+  for (const char* name : {"bf16", "rotate2", "rotunda2"}) {
     const kv::KvFormat& format = kv::kv_registry().get(name);
     expect_error_or_success([&] { format.make_cache({name, {}}, model, bundle); });
+    expect_error_or_success([&] { format.check_calibration({name, {}}, model, bundle); });
     expect_error_or_success([&] {
       kv::KvSpec spec{name, {}};
       if (format.calibration_use(spec) == kv::CalibrationUse::kRequired) spec.options["reorder"] = "none";
-      const auto cache = format.make_cache(spec, model, {});
+      ops::TensorBundle setup;
+      kv::ProjectionWeights weights = tiny_projections(model);
+      format.fuse(spec, model, 0, weights, setup);
+      const auto cache = format.make_cache(spec, model, setup);
       cache->release(cache->import_sequence(bundle));
     });
   }

@@ -40,6 +40,13 @@ std::vector<std::string> all_specs() {
       if (option.name == "sinks") specs.push_back(name + ":sinks=0");
       if (option.name == "zero") specs.push_back(name + ":zero=minimum,recent=0");
       if (option.name == "group") specs.push_back(name + ":group=32,recent=16");
+      if (option.name == "first") specs.push_back(name + ":first=0"), specs.push_back(name + ":first=20,sinks=0,recent=7");
+      if (option.name == "balance") specs.push_back(name + ":balance=none,recent=7");
+      if (option.name == "shift") specs.push_back(name + ":shift=mean,recent=7");  // by a calibration
+      if (option.name == "shift_pairs") specs.push_back(name + ":shift=mean,shift_pairs=0.5,recent=16");
+      if (option.name == "feedback") specs.push_back(name + ":feedback=none"), specs.push_back(name + ":feedback=calibrated,recent=16");
+      if (option.name == "scale") specs.push_back(name + ":scale=least_squares,recent=0");
+      if (option.name == "values") specs.push_back(name + ":values=3,recent=7");
     }
   }
   return specs;
@@ -50,8 +57,8 @@ double allowed_nmse(const std::string& spec) {
   if (spec.starts_with("fp32")) return 1e-10;
   if (spec.starts_with("fp16")) return 1e-6;
   if (spec.starts_with("bf16")) return 1e-4;
-  if (spec.starts_with("rotate4")) return 0.05;
-  if (spec.starts_with("rotate3")) return 0.2;
+  if (spec.starts_with("rotate4") || spec.starts_with("rotunda4")) return 0.05;
+  if (spec.starts_with("rotate3") || spec.starts_with("rotunda3")) return 0.2;
   return 1.0;
 }
 

@@ -53,7 +53,8 @@ void add_calibrate(CLI::App& parent, Run& run) {
       ->capture_default_str();
   command->footer(
       "Example:\n  rotunda calibrate models/tiny-gqa --text calibration.txt --out tiny-gqa.calibration\n"
-      "Without a file, caches that need a calibration make one on a built-in text, once for a model.");
+      "rotunda2, 3 and 4 do without a calibration and lose a little less with one. Caches that need one make it on a built-in text,\n"
+      "once for a model, where no file is given.");
   command->callback([arguments, &run] { run = [=] { return run_calibrate(*arguments); }; });
 }
 

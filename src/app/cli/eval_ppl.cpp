@@ -84,7 +84,7 @@ void add_eval_ppl(CLI::App& parent, Run& run) {
                       "Tokens of a window, BOS included [4096, or the trained context where shorter]");
   command->add_option("--windows", arguments->windows, "Windows at most; 0: the whole text")->capture_default_str();
   command->footer(
-      "Example:\n  rotunda eval ppl models/tiny-gqa --text wiki.test.raw --kv bf16,rotate2,rotate2:recent=0 --windows 24 --json ppl.json");
+      "Example:\n  rotunda eval ppl models/tiny-gqa --text wiki.test.raw --kv bf16,rotunda2,rotunda3,rotate2 --windows 24 --json ppl.json");
   command->callback([arguments, command, &run] { run = [=] { return run_eval_ppl(*arguments, *command); }; });
 }
 

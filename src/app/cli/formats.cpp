@@ -28,7 +28,7 @@ int run_formats() {
 
 void add_formats(CLI::App& parent, Run& run) {
   CLI::App* command = parent.add_subcommand("formats", "Every cache format with its options and their defaults");
-  command->footer("Example of a SPEC with options:\n  --kv rotate2:recent=128,sinks=20");
+  command->footer("Example of a SPEC with options:\n  --kv rotunda2:recent=128,values=3");
   command->callback([&run] { run = &run_formats; });
 }
 

@@ -171,8 +171,8 @@ void add_generate(CLI::App& parent, Run& run) {
   command->footer(
       "Text goes to stdout as it comes, statistics to stderr.\n"
       "Examples:\n"
-      "  rotunda generate models/tiny-gqa --prompt 'The river' --kv rotate2 --max-new-tokens 64\n"
-      "  rotunda generate models/tiny-gqa --prompt-file book.txt --kv rotate2:recent=128 --save-cache book.cache\n"
+      "  rotunda generate models/tiny-gqa --prompt 'The river' --kv rotunda2 --max-new-tokens 64\n"
+      "  rotunda generate models/tiny-gqa --prompt-file book.txt --kv rotunda2:recent=128 --save-cache book.cache\n"
       "  rotunda generate models/tiny-gqa --prompts-file prompts.jsonl --temperature 0.8 --top-p 0.95 --seed 7");
   command->callback([arguments, command, prompt, &run] {
     arguments->has_prompt = prompt->count() > 0;
