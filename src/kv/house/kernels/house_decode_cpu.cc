@@ -8,6 +8,7 @@
 #include "hwy/highway.h"
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <limits>
 
@@ -25,6 +26,9 @@ inline constexpr int kHeadsAtOnce = 4;
 
 /// What a weight times a scale becomes at most: 256 * 127 + 127, so that both bytes, the lower one signed, fit.
 inline constexpr float kMaxWeight = 32639.0F;
+
+/// Added to a number below 2^22, rounds it to an integer that stands in the lowest bits.
+inline constexpr float kRounder = 12582912.0F;
 
 /// Largest magnitudes below this count as zero: 1 / x stays finite.
 inline constexpr float kTiny = 1e-30F;
@@ -106,27 +110,37 @@ HWY_INLINE void AddGroup(const WordVec* low, const WordVec* high, const uint32_t
 constexpr int kTokenVectors = kLanes == 16 ? 4 : kLanes == 1 ? 1 : 2;
 
 /// Codes times queries in integers, for kVectors vectors of tokens.
-/// @param words of the first; those of the next lie `stride` words further  @param q [head_dim / 4][kHeads]  @param sum [kHeads][kVectors]
+/// @param words of the first; those of the next lie `stride` words further  @param ahead words that are fetched meanwhile, as far apart;
+/// a few lines at a time, because a core waits once it has asked for too many  @param q [head_dim / 4][kHeads]  @param sum [kHeads][kVectors]
 template <int kBits, int kHeads, int kVectors>
-HWY_INLINE void DotKeys(const uint32_t* HWY_RESTRICT words, int64_t stride, int head_dim,
+HWY_INLINE void DotKeys(const uint32_t* HWY_RESTRICT words, const uint32_t* ahead, int64_t stride, int head_dim,
                         const uint32_t* HWY_RESTRICT q, IntVec* sum) {
   const IntTag di;
   const WordTag du;
   HWY_UNROLL(16)
   for (int i = 0; i < kHeads * kVectors; ++i) sum[i] = hn::Zero(di);
   const uint32_t* high_at = words + head_dim / 16 * kTokenBlock;
+  const uint32_t* high_ahead = ahead + head_dim / 16 * kTokenBlock;
   for (int c = 0; c < head_dim; c += 4 * kGroups<kBits>) {
     WordVec low[kVectors];
     WordVec high[kVectors];
     HWY_UNROLL(4)
-    for (int v = 0; v < kVectors; ++v) low[v] = high[v] = hn::Load(du, words + v * stride);
+    for (int v = 0; v < kVectors; ++v) {
+      low[v] = high[v] = hn::Load(du, words + v * stride);
+      hwy::Prefetch(ahead + v * stride);
+    }
     if constexpr (kBits == 3) {
       HWY_UNROLL(4)
       for (int v = 0; v < kVectors; ++v) {
         high[v] = hn::Load(du, high_at + v * stride);
         if ((c & 16) != 0) high[v] = hn::ShiftRight<4>(high[v]);
       }
-      if ((c & 16) != 0) high_at += kTokenBlock;
+      if ((c & 16) != 0) {
+        HWY_UNROLL(4)
+        for (int v = 0; v < kVectors; ++v) hwy::Prefetch(high_ahead + v * stride);
+        high_at += kTokenBlock;
+        high_ahead += kTokenBlock;
+      }
     }
     AddGroup<kBits, 0, kHeads, 1, kVectors>(low, high, q, sum);
     AddGroup<kBits, 1, kHeads, 1, kVectors>(low, high, q + kHeads, sum);
@@ -135,6 +149,7 @@ HWY_INLINE void DotKeys(const uint32_t* HWY_RESTRICT words, int64_t stride, int 
       AddGroup<kBits, 3, kHeads, 1, kVectors>(low, high, q + 3 * kHeads, sum);
     }
     words += kTokenBlock;
+    ahead += kTokenBlock;
     q += kGroups<kBits> * kHeads;
   }
 }
@@ -152,14 +167,25 @@ struct ScoreParams {
 
 /// Scores of kVectors vectors of tokens, kLanes or a block apart: the integer sums times one factor per token and head.
 template <int kBits, int kHeads, int kVectors>
-HWY_INLINE void ScoreVectors(const ScoreParams& p, const uint32_t* HWY_RESTRICT words, int64_t block_words,
-                             int head_dim, const uint32_t* HWY_RESTRICT q, int block, int lane) {
+HWY_INLINE void ScoreVectors(const ScoreParams& p, const uint32_t* HWY_RESTRICT words, const uint32_t* ahead,
+                             int64_t block_words, int head_dim, const uint32_t* HWY_RESTRICT q, int block, int lane) {
   const LaneTag d;
   const IntTag di;
   const hn::Rebind<hwy::float16_t, LaneTag> d16;
   IntVec sum[kHeads * kVectors];
-  DotKeys<kBits, kHeads, kVectors>(words + block * block_words + lane, kLanes == 16 ? block_words : kLanes, head_dim, q,
-                                   sum);
+  const int64_t at = block * block_words + lane;
+  DotKeys<kBits, kHeads, kVectors>(words + at, ahead + at, kLanes == 16 ? block_words : kLanes, head_dim, q, sum);
+  // Copies: a store to `scores` might change what p points to, for all the compiler knows.
+  float* const HWY_RESTRICT scores = p.scores;
+  const int64_t tokens = p.tokens;
+  const bool shifted = p.shifted;
+  IntVec offset[kHeads];
+  LaneVec step[kHeads];
+  HWY_UNROLL(4)
+  for (int h = 0; h < kHeads; ++h) {
+    offset[h] = hn::Set(di, ((1 << kBits) - 1) * p.q_sum[h]);
+    step[h] = hn::Set(d, p.q_step[h]);
+  }
   const LaneVec none = hn::Set(d, -std::numeric_limits<float>::infinity());
   HWY_UNROLL(4)
   for (int v = 0; v < kVectors; ++v) {
@@ -169,10 +195,10 @@ HWY_INLINE void ScoreVectors(const ScoreParams& p, const uint32_t* HWY_RESTRICT 
     HWY_UNROLL(4)
     for (int h = 0; h < kHeads; ++h) {
       const IntVec total = sum[h * kVectors + v];
-      const IntVec values = hn::Sub(hn::Add(total, total), hn::Set(di, ((1 << kBits) - 1) * p.q_sum[h]));
-      float* const to = p.scores + h * p.tokens + token;
-      LaneVec score = hn::Mul(hn::Mul(hn::ConvertTo(d, values), hn::Set(d, p.q_step[h])), scale);
-      if (p.shifted) score = hn::Add(score, hn::Load(d, to));
+      const IntVec values = hn::Sub(hn::Add(total, total), offset[h]);
+      float* const to = scores + h * tokens + token;
+      LaneVec score = hn::Mul(hn::Mul(hn::ConvertTo(d, values), step[h]), scale);
+      if (shifted) score = hn::Add(score, hn::Load(d, to));
       hn::Store(IfAttended(mask, token % kTokenBlock, score, none), d, to);
     }
   }
@@ -254,19 +280,17 @@ HWY_NOINLINE void PageScores(const HouseDecodeParams& p, const DecodeWork& work,
   const auto* const words = reinterpret_cast<const uint32_t*>(bytes + l.key_block_offset(p.kv_head, 0));
   const uint32_t* const q = work.q + int64_t{first} * (l.head_dim / 4);
   const int64_t block_words = int64_t{l.key_words()} * kTokenBlock;
+  const uint32_t* const ahead = next == nullptr ? words : reinterpret_cast<const uint32_t*>(next);
   for (int block = 0; block < l.blocks_per_page;) {
     if constexpr (kLanes == 16) {
-      const bool together =
-          block + kTokenVectors <= l.blocks_per_page &&
-          std::all_of(masks + block, masks + block + kTokenVectors, [](uint16_t mask) { return mask != 0; });
+      bool together = block + kTokenVectors <= l.blocks_per_page;
+      for (int b = block; together && b < block + kTokenVectors; ++b) together = masks[b] != 0;
       if (together) {
-        if (next != nullptr) PrefetchBytes(next + block * block_words * 4, kTokenVectors * block_words * 4);
-        ScoreVectors<kBits, kHeads, kTokenVectors>(s, words, block_words, l.head_dim, q, block, 0);
+        ScoreVectors<kBits, kHeads, kTokenVectors>(s, words, ahead, block_words, l.head_dim, q, block, 0);
         block += kTokenVectors;
         continue;
       }
     }
-    if (next != nullptr) PrefetchBytes(next + block * block_words * 4, block_words * 4);
     if (masks[block] == 0) {
       for (int h = 0; h < kHeads; ++h) {
         for (int lane = 0; lane < kTokenBlock; lane += kLanes) {
@@ -275,10 +299,10 @@ HWY_NOINLINE void PageScores(const HouseDecodeParams& p, const DecodeWork& work,
         }
       }
     } else if constexpr (kLanes == 16) {
-      ScoreVectors<kBits, kHeads, 1>(s, words, block_words, l.head_dim, q, block, 0);
+      ScoreVectors<kBits, kHeads, 1>(s, words, ahead, block_words, l.head_dim, q, block, 0);
     } else {
       for (int lane = 0; lane < kTokenBlock; lane += kTokenVectors * kLanes) {
-        ScoreVectors<kBits, kHeads, kTokenVectors>(s, words, block_words, l.head_dim, q, block, lane);
+        ScoreVectors<kBits, kHeads, kTokenVectors>(s, words, ahead, block_words, l.head_dim, q, block, lane);
       }
     }
     ++block;
@@ -313,13 +337,13 @@ HWY_INLINE LaneVec ExpOfNegative(LaneVec x) {
 }
 
 /// The lowest byte of each lane.
-HWY_INLINE void StoreLowBytes(IntVec x, uint8_t* to) {
+HWY_INLINE void StoreLowBytes(WordVec x, uint8_t* to) {
 #if HWY_TARGET == HWY_AVX3 || HWY_TARGET == HWY_AVX3_DL
   // One instruction; Highway 1.0.3's TruncateTo gives wrong bytes with AVX3_DL.
   _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(x.raw));
 #else
   const hn::Rebind<uint8_t, WordTag> d8;
-  hn::StoreU(hn::TruncateTo(d8, hn::BitCast(WordTag(), x)), d8, to);
+  hn::StoreU(hn::TruncateTo(d8, x), d8, to);
 #endif
 }
 
@@ -328,21 +352,23 @@ HWY_INLINE void StoreLowBytes(IntVec x, uint8_t* to) {
 template <int kHeads>
 HWY_NOINLINE void PageWeights(const HouseDecodeParams& p, const DecodeWork& work, int page, int first) {
   const LaneTag d;
-  const IntTag di;
+  const WordTag du;
   const hn::Rebind<hwy::float16_t, LaneTag> d16;
   const HousePageLayout& l = p.layer->layout;
   const auto tokens = static_cast<int>(l.page_tokens());
   const uint16_t* const masks = p.run.masks + int64_t{page} * l.blocks_per_page;
   const auto* const scales =
       reinterpret_cast<const hwy::float16_t*>(p.run.pages[page] + l.value_scale_offset(p.kv_head));
+  float* const HWY_RESTRICT scores = work.scores;
+  uint8_t* const HWY_RESTRICT weights = reinterpret_cast<uint8_t*>(work.weights);
   LaneVec top[kHeads];
   LaneVec minus[kHeads];
   LaneVec total[kHeads];
   HWY_UNROLL(4)
-  for (int h = 0; h < kHeads; ++h) top[h] = hn::Load(d, work.scores + h * tokens);
+  for (int h = 0; h < kHeads; ++h) top[h] = hn::Load(d, scores + h * tokens);
   for (int t = kLanes; t < tokens; t += kLanes) {
     HWY_UNROLL(4)
-    for (int h = 0; h < kHeads; ++h) top[h] = hn::Max(top[h], hn::Load(d, work.scores + h * tokens + t));
+    for (int h = 0; h < kHeads; ++h) top[h] = hn::Max(top[h], hn::Load(d, scores + h * tokens + t));
   }
   HWY_UNROLL(4)
   for (int h = 0; h < kHeads; ++h) {
@@ -365,7 +391,7 @@ HWY_NOINLINE void PageWeights(const HouseDecodeParams& p, const DecodeWork& work
         IfAttended(masks[t / kTokenBlock], t % kTokenBlock, hn::PromoteTo(d, hn::LoadU(d16, scales + t)), hn::Zero(d));
     HWY_UNROLL(4)
     for (int h = 0; h < kHeads; ++h) {
-      float* const at = work.scores + h * tokens + t;
+      float* const at = scores + h * tokens + t;
       const LaneVec weight = ExpOfNegative(hn::Sub(hn::Load(d, at), minus[h]));
       total[h] = hn::Add(total[h], weight);
       const LaneVec scaled = hn::Mul(weight, scale);
@@ -379,26 +405,28 @@ HWY_NOINLINE void PageWeights(const HouseDecodeParams& p, const DecodeWork& work
     const float largest = hn::GetLane(hn::MaxOfLanes(d, top[h]));
     const float inverse = largest < kTiny ? 0.0F : kMaxWeight / largest;
     const LaneVec factor = hn::Set(d, inverse);
-    IntVec sum = hn::Zero(di);
+    WordVec sum = hn::Zero(du);
     for (int t = 0; t < tokens; t += kLanes) {
-      const IntVec w = hn::NearestInt(hn::Mul(hn::Load(d, work.scores + h * tokens + t), factor));
-      const IntVec upper = hn::ShiftRight<8>(hn::Add(w, hn::Set(di, 128)));
-      auto* const to =
-          reinterpret_cast<uint8_t*>(work.weights + (int64_t{t / kTokenBlock} * kHeads + h) * 8) + t % kTokenBlock;
-      StoreLowBytes(upper, to);
+      // Adding 1.5 * 2^23 rounds to an integer and leaves it in the lowest bits.
+      const LaneVec rounded = hn::MulAdd(hn::Load(d, scores + h * tokens + t), factor, hn::Set(d, kRounder));
+      const WordVec w = hn::BitCast(du, rounded);
+      uint8_t* const to = weights + (int64_t{t / kTokenBlock} * kHeads + h) * 32 + t % kTokenBlock;
+      StoreLowBytes(hn::ShiftRight<8>(hn::Add(w, hn::Set(du, 128))), to);
       StoreLowBytes(w, to + kTokenBlock);
       sum = hn::Add(sum, w);
     }
+    // Modulo 2^32, as are the lanes' sums.
+    const uint32_t excess = static_cast<uint32_t>(tokens) * std::bit_cast<uint32_t>(kRounder);
     work.weight_step[h] = largest < kTiny ? 0.0F : largest / kMaxWeight;
-    work.weight_sum[h] = hn::GetLane(hn::SumOfLanes(di, sum));
+    work.weight_sum[h] = static_cast<int32_t>(hn::GetLane(hn::SumOfLanes(du, sum)) - excess);
   }
 }
 
 /// acc += weights * values for kVectors vectors of channels of kHeads query heads, over the attended blocks of one page.
-/// @param values rows of the head, advanced to the channels  @param acc [kHeads][head_dim], advanced to the channels
+/// @param values rows of the head, advanced to the channels  @param ahead rows that are fetched meanwhile  @param acc [kHeads][head_dim], advanced to the channels
 template <int kBits, int kHeads, int kVectors>
-HWY_INLINE void AddValues(const HousePageLayout& l, const uint32_t* HWY_RESTRICT values, const uint16_t* masks,
-                          const DecodeWork& work, float* HWY_RESTRICT acc) {
+HWY_INLINE void AddValues(const HousePageLayout& l, const uint32_t* HWY_RESTRICT values, const uint32_t* ahead,
+                          const uint16_t* masks, const DecodeWork& work, float* HWY_RESTRICT acc) {
   const LaneTag d;
   const IntTag di;
   const WordTag du;
@@ -414,12 +442,16 @@ HWY_INLINE void AddValues(const HousePageLayout& l, const uint32_t* HWY_RESTRICT
     WordVec low[kVectors];
     WordVec high[kVectors];
     HWY_UNROLL(4)
-    for (int v = 0; v < kVectors; ++v) low[v] = high[v] = hn::LoadU(du, at + v * kLanes);
+    for (int v = 0; v < kVectors; ++v) {
+      low[v] = high[v] = hn::LoadU(du, at + v * kLanes);
+      hwy::Prefetch(ahead + int64_t{row} * head_dim + v * kLanes);
+    }
     if constexpr (kBits == 3) {
       const uint32_t* const high_at = values + int64_t{block / 2 * 3 + 2} * head_dim;
       HWY_UNROLL(4)
       for (int v = 0; v < kVectors; ++v) {
         high[v] = hn::LoadU(du, high_at + v * kLanes);
+        hwy::Prefetch(ahead + (high_at - values) + v * kLanes);
         if (block % 2 != 0) high[v] = hn::ShiftRight<4>(high[v]);
       }
     }
@@ -427,7 +459,10 @@ HWY_INLINE void AddValues(const HousePageLayout& l, const uint32_t* HWY_RESTRICT
     AddGroup<kBits, 1, 2 * kHeads, 4, kVectors>(low, high, weights + 1, sum);
     if constexpr (kBits == 4) {
       HWY_UNROLL(4)
-      for (int v = 0; v < kVectors; ++v) low[v] = hn::LoadU(du, at + head_dim + v * kLanes);
+      for (int v = 0; v < kVectors; ++v) {
+        low[v] = hn::LoadU(du, at + head_dim + v * kLanes);
+        hwy::Prefetch(ahead + int64_t{row + 1} * head_dim + v * kLanes);
+      }
       AddGroup<kBits, 0, 2 * kHeads, 4, kVectors>(low, high, weights + 2, sum);
       AddGroup<kBits, 1, 2 * kHeads, 4, kVectors>(low, high, weights + 3, sum);
     } else {
@@ -457,22 +492,14 @@ HWY_NOINLINE void PageValues(const HouseDecodeParams& p, const DecodeWork& work,
   const auto* const values = reinterpret_cast<const uint32_t*>(p.run.pages[page] + l.value_block_offset(p.kv_head, 0));
   const uint16_t* const masks = p.run.masks + int64_t{page} * l.blocks_per_page;
   float* const acc = p.state.acc + int64_t{first} * l.head_dim;
-  // Values and scales of the head in the page to come, a share with each step.
-  const int64_t rest = l.head_bytes() - l.key_codes_bytes();
+  const auto* const ahead = next == nullptr ? values : reinterpret_cast<const uint32_t*>(next + l.key_codes_bytes());
+  if (next != nullptr) PrefetchBytes(next + l.key_codes_bytes() + l.value_codes_bytes(), 2 * l.scale_bytes());
   constexpr int kVectors = kLanes == 16 ? 2 : 1;
-  for (int c = 0; c < l.head_dim;) {
-    const int wide = c + kVectors * kLanes <= l.head_dim ? kVectors * kLanes : kLanes;
-    if (next != nullptr) {
-      const int64_t from = rest * c / l.head_dim / 64 * 64;
-      PrefetchBytes(next + l.key_codes_bytes() + from, rest * (c + wide) / l.head_dim - from);
-    }
-    if (wide == kVectors * kLanes) {
-      AddValues<kBits, kHeads, kVectors>(l, values + c, masks, work, acc + c);
-    } else {
-      AddValues<kBits, kHeads, 1>(l, values + c, masks, work, acc + c);
-    }
-    c += wide;
+  int c = 0;
+  for (; c + kVectors * kLanes <= l.head_dim; c += kVectors * kLanes) {
+    AddValues<kBits, kHeads, kVectors>(l, values + c, ahead + c, masks, work, acc + c);
   }
+  for (; c < l.head_dim; c += kLanes) AddValues<kBits, kHeads, 1>(l, values + c, ahead + c, masks, work, acc + c);
 }
 
 /// Whether any token of a page is attended.
