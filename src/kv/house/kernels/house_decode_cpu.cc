@@ -35,15 +35,16 @@ inline constexpr float kTiny = 1e-30F;
 
 /// What all pages of a call share, in the thread's scratch memory.
 struct DecodeWork {
-  uint32_t* q;          ///< of each group of heads: [head_dim / 4][heads] four 8-bit integers
-  float* q_step;        ///< [n_q]
-  int32_t* q_sum;       ///< [n_q] sum of the integers
-  float* shift;         ///< of each group of heads: [n_pairs][2][4] a and b
-  float* turned;        ///< [n_pairs][2][4] the same of the current group, turned by the page's first position
-  float* scores;        ///< [heads][page_tokens] scores, then weights times value scales
-  uint32_t* weights;    ///< [blocks_per_page][heads][2][4] upper, then lower bytes of 16 weights
-  float* weight_step;   ///< [heads]
-  int32_t* weight_sum;  ///< [heads]
+  uint32_t* q;            ///< of each group of heads: [head_dim / 4][heads] four 8-bit integers
+  float* q_step;          ///< [n_q]
+  int32_t* q_sum;         ///< [n_q] sum of the integers
+  float* shift;           ///< of each group of heads: [n_pairs][2][4] a and b
+  float* turned;          ///< [n_pairs][2][4] the same of the current group, turned by the page's first position
+  float* shift_at_first;  ///< [4] the shift's part of the score of the page's first token
+  float* scores;          ///< [heads][page_tokens] scores, then weights times value scales
+  uint32_t* weights;      ///< [blocks_per_page][heads][2][4] upper, then lower bytes of 16 weights
+  float* weight_step;     ///< [heads]
+  int32_t* weight_sum;    ///< [heads]
 };
 
 }  // namespace rotunda::kv::house
@@ -110,7 +111,7 @@ HWY_INLINE void AddGroup(const WordVec* low, const WordVec* high, const uint32_t
 constexpr int kTokenVectors = kLanes == 16 ? 4 : kLanes == 1 ? 1 : 2;
 
 /// Codes times queries in integers, for kVectors vectors of tokens.
-/// @param words of the first; those of the next lie `stride` words further  @param ahead words that are fetched meanwhile, as far apart;
+/// @param words of the first; those of the next lie `stride` words further  @param ahead words that are fetched meanwhile, as after apart;
 /// a few lines at a time, because a core waits once it has asked for too many  @param q [head_dim / 4][kHeads]  @param sum [kHeads][kVectors]
 template <int kBits, int kHeads, int kVectors>
 HWY_INLINE void DotKeys(const uint32_t* HWY_RESTRICT words, const uint32_t* ahead, int64_t stride, int head_dim,
@@ -204,61 +205,100 @@ HWY_INLINE void ScoreVectors(const ScoreParams& p, const uint32_t* HWY_RESTRICT 
   }
 }
 
-/// The shift's part of the scores of a page.
-template <int kHeads>
-HWY_NOINLINE void ShiftScores(const HouseDecodeParams& p, const DecodeWork& work, int page, int first) {
+/// The shift's part for kVectors vectors of distances from the page's middle, and their mirror images before it.
+/// @param cos, sin of the distances; those of the next vector lie `stride` further
+/// @param after, before scores at the middle plus and minus the first distance, [kHeads] rows, `tokens` apart
+template <int kHeads, int kVectors>
+HWY_INLINE void ShiftVectors(const ShiftTerm& s, const float* HWY_RESTRICT turned, const float* HWY_RESTRICT cos,
+                             const float* HWY_RESTRICT sin, int64_t stride, float* after, float* before,
+                             int64_t tokens) {
   const LaneTag d;
-  const ShiftTerm& s = p.shift;
-  const HousePageLayout& l = p.layer->layout;
-  const int half = l.head_dim / 2;
-  // Four heads a vector: a' = a cos + b sin, b' = b cos - a sin.
-  const hn::CappedTag<float, kHeadsAtOnce> d4;
-  const float* const given = work.shift + int64_t{first} * 2 * s.n_pairs;
-  float* const turned_at = work.turned;
-  for (int i = 0; i < s.n_pairs; ++i) {
-    const auto cos = hn::Set(d4, s.page_cos[int64_t{page} * half + s.pairs[i]]);
-    const auto sin = hn::Set(d4, s.page_sin[int64_t{page} * half + s.pairs[i]]);
-    for (size_t h = 0; h < kHeadsAtOnce; h += hn::Lanes(d4)) {
-      const auto a = hn::Load(d4, given + 2 * kHeadsAtOnce * i + h);
-      const auto b = hn::Load(d4, given + 2 * kHeadsAtOnce * i + kHeadsAtOnce + h);
-      hn::Store(hn::MulAdd(b, sin, hn::Mul(a, cos)), d4, turned_at + 2 * kHeadsAtOnce * i + h);
-      hn::Store(hn::NegMulAdd(a, sin, hn::Mul(b, cos)), d4, turned_at + 2 * kHeadsAtOnce * i + kHeadsAtOnce + h);
-    }
-  }
-  // Two vectors of tokens at once, so that a factor is broadcast once for both.
-  const int64_t tokens = l.page_tokens();
-  const int64_t next = kLanes == 16 ? int64_t{half} * kTokenBlock : kLanes;
-  for (int token = 0; token < tokens; token += 2 * kLanes) {
-    const int64_t base = int64_t{token / kTokenBlock} * half * kTokenBlock + token % kTokenBlock;
-    LaneVec sum[2 * kHeads];
-    HWY_UNROLL(8)
-    for (int i = 0; i < 2 * kHeads; ++i) sum[i] = hn::Zero(d);
-    const float* turned = work.turned;
-    for (int i = 0; i < s.n_pairs; ++i, turned += 2 * kHeadsAtOnce) {
-      const int64_t at = base + int64_t{s.pairs[i]} * kTokenBlock;
-      const LaneVec cos0 = hn::LoadU(d, s.token_cos + at);
-      const LaneVec cos1 = hn::LoadU(d, s.token_cos + at + next);
-      const LaneVec sin0 = hn::LoadU(d, s.token_sin + at);
-      const LaneVec sin1 = hn::LoadU(d, s.token_sin + at + next);
-      HWY_UNROLL(4)
-      for (int h = 0; h < kHeads; ++h) {
-        const LaneVec a = hn::Set(d, turned[h]);
-        sum[2 * h] = hn::MulAdd(cos0, a, sum[2 * h]);
-        sum[2 * h + 1] = hn::MulAdd(cos1, a, sum[2 * h + 1]);
-      }
-      HWY_UNROLL(4)
-      for (int h = 0; h < kHeads; ++h) {
-        const LaneVec b = hn::Set(d, turned[kHeadsAtOnce + h]);
-        sum[2 * h] = hn::MulAdd(sin0, b, sum[2 * h]);
-        sum[2 * h + 1] = hn::MulAdd(sin1, b, sum[2 * h + 1]);
-      }
+  LaneVec even[kHeads * kVectors];
+  LaneVec odd[kHeads * kVectors];
+  HWY_UNROLL(8)
+  for (int i = 0; i < kHeads * kVectors; ++i) even[i] = odd[i] = hn::Zero(d);
+  for (int i = 0; i < s.n_pairs; ++i, turned += 2 * kHeadsAtOnce) {
+    const int64_t at = int64_t{s.pairs[i]} * kTokenBlock;
+    LaneVec c[kVectors];
+    LaneVec t[kVectors];
+    HWY_UNROLL(2)
+    for (int v = 0; v < kVectors; ++v) {
+      c[v] = hn::LoadU(d, cos + at + v * stride);
+      t[v] = hn::LoadU(d, sin + at + v * stride);
     }
     HWY_UNROLL(4)
     for (int h = 0; h < kHeads; ++h) {
-      hn::Store(sum[2 * h], d, work.scores + h * tokens + token);
-      hn::Store(sum[2 * h + 1], d, work.scores + h * tokens + token + kLanes);
+      const LaneVec a = hn::Set(d, turned[h]);
+      const LaneVec b = hn::Set(d, turned[kHeadsAtOnce + h]);
+      HWY_UNROLL(2)
+      for (int v = 0; v < kVectors; ++v) {
+        even[h * kVectors + v] = hn::MulAdd(c[v], a, even[h * kVectors + v]);
+        odd[h * kVectors + v] = hn::MulAdd(t[v], b, odd[h * kVectors + v]);
+      }
     }
   }
+  HWY_UNROLL(4)
+  for (int h = 0; h < kHeads; ++h) {
+    HWY_UNROLL(2)
+    for (int v = 0; v < kVectors; ++v) {
+      const LaneVec e = even[h * kVectors + v];
+      const LaneVec o = odd[h * kVectors + v];
+      hn::StoreU(hn::Add(e, o), d, after + h * tokens + v * kLanes);
+      hn::StoreU(hn::Reverse(d, hn::Sub(e, o)), d, before + h * tokens - v * kLanes - (kLanes - 1));
+    }
+  }
+}
+
+/// The shift's part of the scores of a page. Seen from the page's middle, a' cos(j w) + b' sin(j w) serves the tokens j after and, with
+/// the other sign, j before it: half the products.
+template <int kHeads>
+HWY_NOINLINE void ShiftScores(const HouseDecodeParams& p, const DecodeWork& work, int page, int first) {
+  const ShiftTerm& s = p.shift;
+  const HousePageLayout& l = p.layer->layout;
+  const int half = l.head_dim / 2;
+  const int64_t tokens = l.page_tokens();
+  const int64_t middle = tokens / 2;
+  const int64_t block_table = int64_t{half} * kTokenBlock;
+  // Four heads a vector: a' = a cos + b sin, b' = b cos - a sin, by the page's first position and then by the middle.
+  const hn::CappedTag<float, kHeadsAtOnce> d4;
+  const float* const given = work.shift + int64_t{first} * 2 * s.n_pairs;
+  for (size_t h = 0; h < kHeadsAtOnce; h += hn::Lanes(d4)) {
+    auto at_first = hn::Zero(d4);
+    for (int i = 0; i < s.n_pairs; ++i) {
+      const int pair = s.pairs[i];
+      const auto page_cos = hn::Set(d4, s.page_cos[int64_t{page} * half + pair]);
+      const auto page_sin = hn::Set(d4, s.page_sin[int64_t{page} * half + pair]);
+      const int64_t table = middle / kTokenBlock * block_table + int64_t{pair} * kTokenBlock;
+      const auto cos = hn::Set(d4, s.token_cos[table]);
+      const auto sin = hn::Set(d4, s.token_sin[table]);
+      const auto a = hn::Load(d4, given + 2 * kHeadsAtOnce * i + h);
+      const auto b = hn::Load(d4, given + 2 * kHeadsAtOnce * i + kHeadsAtOnce + h);
+      const auto page_a = hn::MulAdd(b, page_sin, hn::Mul(a, page_cos));
+      const auto page_b = hn::NegMulAdd(a, page_sin, hn::Mul(b, page_cos));
+      at_first = hn::Add(at_first, page_a);
+      hn::Store(hn::MulAdd(page_b, sin, hn::Mul(page_a, cos)), d4, work.turned + 2 * kHeadsAtOnce * i + h);
+      hn::Store(hn::NegMulAdd(page_a, sin, hn::Mul(page_b, cos)), d4,
+                work.turned + 2 * kHeadsAtOnce * i + kHeadsAtOnce + h);
+    }
+    hn::Store(at_first, d4, work.shift_at_first + h);
+  }
+  // The mirror image of distance 0 is the middle itself once more; that of the first token, `middle` away, is not among them.
+  constexpr int kTogether = kLanes == 16 ? 2 : 1;
+  for (int64_t j = 0; j < middle;) {
+    const int64_t table = j / kTokenBlock * block_table + j % kTokenBlock;
+    float* const after = work.scores + middle + j;
+    float* const before = work.scores + middle - j;
+    if (j + kTogether * kLanes <= middle) {
+      ShiftVectors<kHeads, kTogether>(s, work.turned, s.token_cos + table, s.token_sin + table, block_table, after,
+                                      before, tokens);
+      j += kTogether * kLanes;
+    } else {
+      ShiftVectors<kHeads, 1>(s, work.turned, s.token_cos + table, s.token_sin + table, block_table, after, before,
+                              tokens);
+      j += kLanes;
+    }
+  }
+  for (int h = 0; h < kHeads; ++h) work.scores[h * tokens] = work.shift_at_first[h];
 }
 
 /// Scores of kHeads query heads from `first` on against one page into work.scores.
@@ -582,7 +622,7 @@ void HouseDecode(const HouseDecodeParams& p) {
   const size_t heads = kernels::whole_lines(p.n_q);
   const size_t q_words = kernels::whole_lines(static_cast<size_t>(p.n_q) * l.head_dim / 4);
   float* at = scratch.floats(q_words + 2 * heads + (groups + 1) * pair_floats + kHeadsAtOnce * tokens +
-                             kHeadsAtOnce * tokens / 2 + 32);
+                             kHeadsAtOnce * tokens / 2 + 48);
   const auto take = [&](size_t n) {
     float* const here = at;
     at += n;
@@ -594,6 +634,7 @@ void HouseDecode(const HouseDecodeParams& p) {
   work.q_sum = reinterpret_cast<int32_t*>(take(heads));
   work.shift = take(groups * pair_floats);
   work.turned = take(pair_floats);
+  work.shift_at_first = take(16);
   work.scores = take(kHeadsAtOnce * tokens);
   work.weights = reinterpret_cast<uint32_t*>(take(kHeadsAtOnce * tokens / 2));
   work.weight_step = take(16);
