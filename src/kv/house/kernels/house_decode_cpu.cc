@@ -111,7 +111,7 @@ HWY_INLINE void AddGroup(const WordVec* low, const WordVec* high, const uint32_t
 constexpr int kTokenVectors = kLanes == 16 ? 4 : kLanes == 1 ? 1 : 2;
 
 /// Codes times queries in integers, for kVectors vectors of tokens.
-/// @param words of the first; those of the next lie `stride` words further  @param ahead words that are fetched meanwhile, as after apart;
+/// @param words of the first; those of the next lie `stride` words further  @param ahead words that are fetched meanwhile, as far apart;
 /// a few lines at a time, because a core waits once it has asked for too many  @param q [head_dim / 4][kHeads]  @param sum [kHeads][kVectors]
 template <int kBits, int kHeads, int kVectors>
 HWY_INLINE void DotKeys(const uint32_t* HWY_RESTRICT words, const uint32_t* ahead, int64_t stride, int head_dim,
@@ -455,10 +455,11 @@ HWY_NOINLINE void PageWeights(const HouseDecodeParams& p, const DecodeWork& work
       StoreLowBytes(w, to + kTokenBlock);
       sum = hn::Add(sum, w);
     }
-    // Modulo 2^32, as are the lanes' sums.
-    const uint32_t excess = static_cast<uint32_t>(tokens) * std::bit_cast<uint32_t>(kRounder);
+    // What the additions left in the upper bits, modulo 2^32.
+    const uint32_t excess = static_cast<uint32_t>(tokens / kLanes) * std::bit_cast<uint32_t>(kRounder);
+    sum = hn::Sub(sum, hn::Set(du, excess));
     work.weight_step[h] = largest < kTiny ? 0.0F : largest / kMaxWeight;
-    work.weight_sum[h] = static_cast<int32_t>(hn::GetLane(hn::SumOfLanes(du, sum)) - excess);
+    work.weight_sum[h] = static_cast<int32_t>(hn::GetLane(hn::SumOfLanes(du, sum)));
   }
 }
 
