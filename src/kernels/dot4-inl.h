@@ -21,11 +21,8 @@ using WordVec = hn::Vec<WordTag>;
 using IntTag = hn::RebindToSigned<WordTag>;
 using IntVec = hn::Vec<IntTag>;
 
-/// Whether `codes` of Dot4 may be any byte; else at most 127, so that two products fit 16 bits.
-constexpr bool kDot4AnyByte = HWY_TARGET == HWY_AVX3_DL;
-
 /// sum + codes[4 i] * factors[4 i] + ... + codes[4 i + 3] * factors[4 i + 3] for each lane i.
-/// @param codes unsigned bytes  @param factors signed bytes
+/// @param codes unsigned bytes up to 127, so that the sum of two products fits 16 bits  @param factors signed bytes
 HWY_INLINE IntVec Dot4(IntVec sum, WordVec codes, WordVec factors) {
 #if HWY_TARGET == HWY_AVX3_DL
   // Not the intrinsic: Highway's list of what this target has does not name VNNI to the compiler.

@@ -30,7 +30,7 @@ struct StoreLane {
 /// Working memory of a batch of lanes; [16] arrays hold one number per lane.
 struct StoreWork {
   float* y;         ///< [head_dim][16]
-  float* residual;  ///< [head_dim][16] what feedback passes on from each channel
+  float* residual;  ///< [head_dim][16] what feedback passes on from each channel; FeedBackRows: rows not yet coded
   float* fed;       ///< [head_dim][16] codes chosen with feedback
   uint32_t* q;      ///< [head_dim][16] the codes
   float* e;
@@ -39,6 +39,9 @@ struct StoreWork {
   float* inverse;  ///< 0.5 / step
   float* s;        ///< yc / cc before feedback
 };
+
+/// Up to so many tokens rows of several heads share a batch; from there on the tokens of one head fill the lanes well enough.
+inline constexpr int kMaxTokensByRow = 3;
 
 }  // namespace rotunda::kv::house
 #endif  // ROTUNDA_HOUSE_STORE_ONCE
@@ -65,10 +68,11 @@ HWY_INLINE LaneVec CodeOf(LaneVec y, LaneVec inverse) {
   return hn::Min(hn::Max(hn::Floor(z), hn::Zero(d)), hn::Set(d, static_cast<float>((1 << kBits) - 1)));
 }
 
-/// 2 q - (2^b - 1)
+/// 2 q - (2^b - 1), exact.
 template <int kBits>
 HWY_INLINE LaneVec ValueOf(LaneVec q) {
-  return hn::Sub(hn::Add(q, q), hn::Set(LaneTag(), static_cast<float>((1 << kBits) - 1)));
+  const LaneTag d;
+  return hn::MulSub(q, hn::Set(d, 2.0F), hn::Set(d, static_cast<float>((1 << kBits) - 1)));
 }
 
 /// Tries candidates kFirst .. kFirst + kCount - 1 and keeps the best so far in best, inverse, yc and cc.
@@ -142,14 +146,11 @@ HWY_NOINLINE void ChooseStep(const StoreWork& work, int head_dim, int lane) {
   }
 }
 
-/// Step 3 for kLanes lanes of one head; writes codes and sums of the lanes whose bit is in `lanes` only.
+/// Step 3's codes for kLanes lanes of one head, into work.fed.
 /// In panels of channels that stay in registers: what earlier panels pass on is subtracted first, in the order of the format.
 template <int kBits>
-HWY_NOINLINE void FeedBack(const StoreWork& work, const float* HWY_RESTRICT feedback, int head_dim, uint16_t lanes,
-                           int lane) {
+HWY_NOINLINE void FeedBack(const StoreWork& work, const float* HWY_RESTRICT feedback, int head_dim, int lane) {
   const LaneTag d;
-  const hn::RebindToSigned<LaneTag> di;
-  const WordTag du;
   constexpr int kPanel = kLanes == 16 ? 16 : 8;
   const LaneVec inverse = hn::Load(d, work.inverse + lane);
   const LaneVec s = hn::Load(d, work.s + lane);
@@ -177,6 +178,68 @@ HWY_NOINLINE void FeedBack(const StoreWork& work, const float* HWY_RESTRICT feed
       for (int k = i + 1; k < kPanel; ++k) x[k] = hn::Sub(x[k], hn::Mul(f, hn::Set(d, row[k])));
     }
   }
+}
+
+/// The same for kRows rows of any heads and tokens, lanes `first` and on: channels take the lanes. For few tokens, which would leave
+/// most lanes idle; each channel waits for the one before it, so that several rows at once cost little more than one.
+template <int kBits, int kRows>
+HWY_NOINLINE void FeedBackRows(const StoreWork& work, const StoreLane* rows, int first, const float* feedback,
+                               int head_dim) {
+  const LaneTag d;
+  const hn::RebindToSigned<LaneTag> di;
+  float* x[kRows];
+  const float* table[kRows];
+  LaneVec inverse[kRows];
+  LaneVec s[kRows];
+  for (int r = 0; r < kRows; ++r) {
+    x[r] = work.residual + int64_t{r} * head_dim;
+    std::copy(rows[first + r].y, rows[first + r].y + head_dim, x[r]);
+    table[r] = feedback + int64_t{rows[first + r].head} * head_dim * head_dim;
+    inverse[r] = hn::Set(d, work.inverse[first + r]);
+    s[r] = hn::Set(d, work.s[first + r]);
+  }
+  for (int base = 0; base < head_dim; base += kLanes) {
+    float f[kLanes][kRows];
+    LaneVec v[kRows];
+    HWY_UNROLL(4)
+    for (int r = 0; r < kRows; ++r) v[r] = hn::Load(d, x[r] + base);
+    for (int i = 0; i < kLanes; ++i) {
+      const auto lane = hn::IndicesFromVec(d, hn::Set(di, i));
+      HWY_UNROLL(4)
+      for (int r = 0; r < kRows; ++r) {
+        const LaneVec y = hn::TableLookupLanes(v[r], lane);
+        const LaneVec q = CodeOf<kBits>(y, inverse[r]);
+        const LaneVec residual = hn::Sub(y, hn::Mul(s[r], ValueOf<kBits>(q)));
+        work.fed[(base + i) * kTokenBlock + first + r] = hn::GetLane(q);
+        f[i][r] = hn::GetLane(residual);
+        // Lanes up to i are done with; what the table holds for them does not matter.
+        v[r] = hn::Sub(v[r], hn::Mul(residual, hn::LoadU(d, table[r] + int64_t{base + i} * head_dim + base)));
+      }
+    }
+    for (int c = base + kLanes; c < head_dim; c += kLanes) {
+      HWY_UNROLL(4)
+      for (int r = 0; r < kRows; ++r) v[r] = hn::Load(d, x[r] + c);
+      for (int i = 0; i < kLanes; ++i) {
+        HWY_UNROLL(4)
+        for (int r = 0; r < kRows; ++r) {
+          v[r] = hn::Sub(v[r], hn::Mul(hn::Set(d, f[i][r]), hn::LoadU(d, table[r] + int64_t{base + i} * head_dim + c)));
+        }
+      }
+      HWY_UNROLL(4)
+      for (int r = 0; r < kRows; ++r) hn::Store(v[r], d, x[r] + c);
+    }
+  }
+}
+
+/// The rest of step 3 for kLanes lanes: takes the codes of work.fed, and their sums, for the lanes that have their bit in `lanes` and a
+/// sum above 0.
+template <int kBits>
+HWY_NOINLINE void TakeFed(const StoreWork& work, int head_dim, uint16_t lanes, int lane) {
+  const LaneTag d;
+  const hn::RebindToSigned<LaneTag> di;
+  const WordTag du;
+  const float* const y = work.y + lane;
+  const float* const fed = work.fed + lane;
   LaneVec yc = hn::Zero(d);
   LaneVec cc = hn::Zero(d);
   for (int c = 0; c < head_dim; ++c) {
@@ -322,6 +385,26 @@ void PackValues(const HousePageLayout& l, const StoreWork& work, const StoreLane
 
 HWY_INLINE bool Fits(float scale) { return (to_half(scale).bits & 0x7fffu) < 0x7c00u; }
 
+/// Step 3 for the key lanes of a batch, which come first.
+template <int kBits>
+void FeedBackBatch(const HouseStoreParams& p, const StoreWork& work, const StoreLane* rows, int n) {
+  const int head_dim = p.layer->layout.head_dim;
+  const float* const feedback = p.layer->feedback;
+  int n_keys = 0;
+  while (n_keys < n && rows[n_keys].key) ++n_keys;
+  if (p.n_tokens <= kMaxTokensByRow) {
+    int r = 0;
+    for (; r + 4 <= n_keys; r += 4) FeedBackRows<kBits, 4>(work, rows, r, feedback, head_dim);
+    for (; r < n_keys; ++r) FeedBackRows<kBits, 1>(work, rows, r, feedback, head_dim);
+  } else {  // all of one head
+    for (int lane = 0; lane < n_keys; lane += kLanes) {
+      FeedBack<kBits>(work, feedback + int64_t{rows[0].head} * head_dim * head_dim, head_dim, lane);
+    }
+  }
+  const auto lanes = static_cast<uint16_t>((1u << n_keys) - 1);
+  for (int lane = 0; lane < n_keys; lane += kLanes) TakeFed<kBits>(work, head_dim, lanes, lane);
+}
+
 /// Quantizes and stores a batch. Lanes of one head and kind lie side by side.
 template <int kBits>
 bool StoreBatch(const HouseStoreParams& p, const StoreWork& work, const StoreLane* rows, int n) {
@@ -336,16 +419,7 @@ bool StoreBatch(const HouseStoreParams& p, const StoreWork& work, const StoreLan
   for (int r = 0; r < n; ++r) {
     if (!(work.e[r] < HUGE_VALF) || !Fits(work.s[r])) return false;
   }
-  for (int r = 0; r < n && layer.feedback != nullptr && rows[r].key;) {
-    const int head = rows[r].head;
-    uint32_t lanes = 0;
-    const int first = r;
-    for (; r < n && rows[r].key && rows[r].head == head; ++r) lanes |= 1u << r;
-    const float* const feedback = layer.feedback + int64_t{head} * head_dim * head_dim;
-    for (int lane = first / kLanes * kLanes; lane < r; lane += kLanes) {
-      FeedBack<kBits>(work, feedback, head_dim, static_cast<uint16_t>(lanes), lane);
-    }
-  }
+  if (layer.feedback != nullptr) FeedBackBatch<kBits>(p, work, rows, n);
   bool one_head = true;
   bool any_key = false;
   for (int r = 0; r < n; ++r) {
@@ -400,7 +474,7 @@ bool HouseStore(const HouseStoreParams& p) {
                        each + 4 * kTokenBlock};
   // A row fills a lane. Several tokens: one head and kind after the other. Few tokens: rows of several heads, and where the bits
   // allow it keys and values, share a batch, or most lanes would be idle.
-  const int heads_per_batch = p.n_tokens <= 4 ? kTokenBlock / p.n_tokens : 1;
+  const int heads_per_batch = p.n_tokens <= kMaxTokensByRow ? kTokenBlock / p.n_tokens : 1;
   StoreLane rows[kTokenBlock];
   int n = 0;
   for (const bool key : {true, false}) {
