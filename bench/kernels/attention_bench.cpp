@@ -271,7 +271,7 @@ struct House {
   std::vector<float> value = normal_rows(int64_t{kPageTokens} * kChannels, 2);
 
   explicit House(int bits) : feedback(normal_rows(int64_t{kChannels} * kHeadDim, 3)) {
-    for (float& x : feedback) x *= 0.05F;
+    for (float& x : feedback) x = 0.05F * std::fabs(x);
     layer.layout = {bits, bits, kKvHeads, kHeadDim, kBlocks};
     layer.feedback = feedback.data();
     layer.hadamard = kernels::hadamard_plan(kHeadDim);

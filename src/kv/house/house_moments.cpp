@@ -104,7 +104,8 @@ at::Tensor feedback_triangle(const at::Tensor& s) {
   const at::Tensor level = s.diagonal(0, -2, -1).mean(-1).clamp_min(1e-30).unsqueeze(-1).unsqueeze(-1);
   const at::Tensor inverse = at::linalg_inv((s + s.transpose(-2, -1)) / (2.0 * level) + kDamping * identity);
   const at::Tensor upper = at::linalg_cholesky((inverse + inverse.transpose(-2, -1)) / 2.0, /*upper=*/true);
-  return (upper / upper.diagonal(0, -2, -1).unsqueeze(-1)).triu(1).to(at::kFloat);
+  const at::Tensor diagonal = upper.diagonal(0, -2, -1);
+  return ((upper / diagonal.unsqueeze(-1)).triu(1) + diagonal.square().reciprocal().diag_embed()).to(at::kFloat);
 }
 
 }  // namespace rotunda::kv::house

@@ -26,8 +26,8 @@ LayerMoments calibrated_moments(const KvModel& model, int layer, const ops::Tens
 at::Tensor average_over_rope(const at::Tensor& moment, const std::vector<double>& inv_freq, int64_t n_positions);
 
 /// The rounding feedback of house_store for errors that cost e S e^T: with U the upper Cholesky factor of
-/// (S + 0.01 mean(diag S) I)^-1, entry (i, j) is U_ij / U_ii above the diagonal and 0 elsewhere (GPTQ's update, arXiv:2210.17323,
-/// applied to a key instead of a row of weights).
+/// (S + 0.01 mean(diag S) I)^-1, entry (i, j) is U_ij / U_ii above the diagonal (GPTQ's update, arXiv:2210.17323, applied to a key
+/// instead of a row of weights), 1 / U_ii^2 on it (up to a factor common to all: S is brought to mean(diag S) = 1), 0 below.
 /// @param s [..., d, d] fp64, positive semidefinite   @return the same shape, fp32
 at::Tensor feedback_triangle(const at::Tensor& s);
 

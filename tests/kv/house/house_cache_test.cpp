@@ -122,16 +122,25 @@ at::Tensor fake_quantize(const at::Tensor& x, int bits, bool unbiased, const at:
   if (s.defined()) {
     const at::Tensor identity = at::eye(s.size(0), at::kDouble);
     const at::Tensor upper = at::linalg_cholesky(at::linalg_inv(s + 0.01 * s.diagonal().mean() * identity), /*upper=*/true);
-    const at::Tensor scale = (x * best_c).sum(1, true) / best_c.square().sum(1, true);
-    at::Tensor y = x.clone();
-    at::Tensor c = at::zeros_like(x);
-    for (int64_t i = 0; i < x.size(1); ++i) {
-      const at::Tensor ci = codes(y.narrow(1, i, 1), best_step);
-      c.narrow(1, i, 1).copy_(ci);
-      const at::Tensor e = (y.narrow(1, i, 1) - scale * ci) / upper[i][i];
-      y = y - e * upper[i].unsqueeze(0) * (at::arange(x.size(1)) > i);
+    at::Tensor least;
+    for (const double factor : {1.0, 1.1, 0.9}) {
+      const at::Tensor step = best_step / factor;
+      const at::Tensor plain = codes(x, step);
+      const at::Tensor scale = (x * plain).sum(1, true) / plain.square().sum(1, true);
+      at::Tensor y = x.clone();
+      at::Tensor c = at::zeros_like(x);
+      at::Tensor cost = at::zeros_like(scale);
+      for (int64_t i = 0; i < x.size(1); ++i) {
+        const at::Tensor ci = codes(y.narrow(1, i, 1), step);
+        c.narrow(1, i, 1).copy_(ci);
+        const at::Tensor e = (y.narrow(1, i, 1) - scale * ci) / upper[i][i];
+        cost = cost + e.square();
+        y = y - e * upper[i].unsqueeze(0) * (at::arange(x.size(1)) > i);
+      }
+      const at::Tensor better = least.defined() ? cost.lt(least) : cost.ge(0.0);
+      best_c = at::where(better, c, best_c);
+      least = least.defined() ? at::minimum(cost, least) : cost;
     }
-    best_c = c;
   }
   const at::Tensor yc = (x * best_c).sum(1, true);
   const at::Tensor scale = unbiased ? x.square().sum(1, true) / yc : yc / best_c.square().sum(1, true);

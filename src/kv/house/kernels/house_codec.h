@@ -29,11 +29,15 @@ inline float step_candidate(const StepSearch& search, int i) {
   return search.first + static_cast<float>(i) * ((search.last - search.first) / static_cast<float>(search.count - 1));
 }
 
+/// Factors on the inverse step among which feedback chooses: with feedback the best step is not that of plain rounding.
+inline constexpr float kFeedbackTries[] = {1.0F, 1.07F, 0.93F, 1.15F, 0.87F, 1.25F, 0.81F};
+
 /// What one layer's pages need besides their bytes.
 struct HouseLayer {
   HousePageLayout layout;
   ScaleRule scale = ScaleRule::kUnbiased;
-  /// [n_kv_heads][head_dim][head_dim] rounding feedback for keys: entry (i, j) = U_ij / U_ii for j > i, the rest unread; null: plain rounding.
+  /// [n_kv_heads][head_dim][head_dim] rounding feedback for keys: entry (i, j) = U_ij / U_ii for j > i, (i, i) = 1 / U_ii^2, what an error
+  /// of channel i costs once the channels behind it have made up for it; below the diagonal unread. Null: plain rounding.
   const float* feedback = nullptr;
   /// [n_kv_heads][head_dim] what was subtracted from keys before RoPE (times the RoPE's attention factor); null: nothing.
   const float* shift = nullptr;
@@ -45,9 +49,11 @@ struct HouseLayer {
 ///   1. e = sum y^2; e / d = 0 (also by underflow): scale 0, every code value +1.   r = sqrt(e / d).
 ///   2. For each candidate step t = candidate * r: q = clamp(floor(y * (0.5 / t) + 2^(b-1)), 0, 2^b - 1), c = 2 q - (2^b - 1),
 ///      yc = sum y c, cc = sum c^2. The codes with the largest yc^2 / cc win, the first of equals.
-///   3. Keys with feedback: s = yc / cc of the winner (refused where it overflows fp16), x = y; for i = 0 .. d - 1: q_i, c_i from x_i by the winner's step;
-///      f = x_i - s c_i; x_j -= f * feedback(i, j) for j > i. Then yc = sum y c and cc = sum c^2 anew with the original y; where
-///      yc is not above 0, the codes of step 2 stay.
+///   3. Keys with feedback: the winner's step is tried three times, 0.5 / t times each of kFeedbackTries, and each time for itself: the codes
+///      of y by that step give s = yc / cc; then x = y, cost = 0; for i = 0 .. d - 1: q_i, c_i from x_i; f = x_i - s c_i;
+///      cost += (f f) * feedback(i, i); x_j -= f * feedback(i, j) for j > i. The codes of least cost win, the first of equals: cost is
+///      what queries are expected to see of the error. Then yc = sum y c and cc = sum c^2 anew with the original y; where yc is not
+///      above 0, the codes of step 2 stay.
 ///   4. scale = fp16(e / yc), or fp16(yc / cc) by ScaleRule::kLeastSquares; where it underflows to 0, the smallest fp16 above 0.
 struct HouseStoreParams {
   const HouseLayer* layer;

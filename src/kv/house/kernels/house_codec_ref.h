@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <vector>
 
 #include "base/half.h"
@@ -151,15 +152,33 @@ inline bool quantize_ref(int bits, ScaleRule rule, const float* y, int d, const 
   const float s = yc / cc;
   if (!fits(s)) return false;
   if (feedback != nullptr) {
-    std::vector<float> x(y, y + d);
-    std::vector<uint32_t> q(d);
-    for (int i = 0; i < d; ++i) {
-      q[i] = code_ref(bits, x[i], inverse);
-      const float decoded = s * code_value(bits, q[i]);
-      const float f = x[i] - decoded;
-      for (int j = i + 1; j < d; ++j) {
-        const float product = f * feedback[static_cast<size_t>(i) * d + j];
-        x[j] -= product;
+    std::vector<uint32_t> q;
+    float least = std::numeric_limits<float>::infinity();
+    for (const float factor : kFeedbackTries) {
+      const float inv = inverse * factor;
+      std::vector<uint32_t> tried(d);
+      for (int i = 0; i < d; ++i) tried[i] = code_ref(bits, y[i], inv);
+      float tried_yc;
+      float tried_cc;
+      code_sums(bits, y, tried, tried_yc, tried_cc);
+      const float tried_s = tried_yc / tried_cc;
+      std::vector<float> x(y, y + d);
+      float cost = 0;
+      for (int i = 0; i < d; ++i) {
+        tried[i] = code_ref(bits, x[i], inv);
+        const float decoded = tried_s * code_value(bits, tried[i]);
+        const float f = x[i] - decoded;
+        const float square = f * f;
+        const float seen = square * feedback[static_cast<size_t>(i) * d + i];
+        cost += seen;
+        for (int j = i + 1; j < d; ++j) {
+          const float product = f * feedback[static_cast<size_t>(i) * d + j];
+          x[j] -= product;
+        }
+      }
+      if (q.empty() || cost < least) {
+        least = cost;
+        q = tried;
       }
     }
     float fed_yc;

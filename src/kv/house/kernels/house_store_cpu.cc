@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <iterator>
 
 #include "base/half.h"
 #include "kernels/attention/softmax-inl.h"
@@ -31,13 +32,18 @@ struct StoreLane {
 struct StoreWork {
   float* y;         ///< [head_dim][16]
   float* residual;  ///< [head_dim][16] what feedback passes on from each channel; FeedBackRows: rows not yet coded
-  float* fed;       ///< [head_dim][16] codes chosen with feedback
+  float* fed;       ///< [head_dim][16] codes of one try of feedback
+  float* chosen;    ///< [head_dim][16] codes of the best try so far
   uint32_t* q;      ///< [head_dim][16] the codes
   float* e;
   float* yc;
   float* cc;
   float* inverse;  ///< 0.5 / step
   float* s;        ///< yc / cc before feedback
+  float* try_inverse;
+  float* try_s;
+  float* cost;
+  float* least;  ///< cost of the best try so far
 };
 
 /// Up to so many tokens rows of several heads share a batch; from there on the tokens of one head fill the lanes well enough.
@@ -146,14 +152,46 @@ HWY_NOINLINE void ChooseStep(const StoreWork& work, int head_dim, int lane) {
   }
 }
 
-/// Step 3's codes for kLanes lanes of one head, into work.fed.
+/// Makes try number `index` of step 3 ready for kLanes lanes: its step and its scale.
+template <int kBits>
+HWY_NOINLINE void PrepareTry(const StoreWork& work, int head_dim, int index, int lane) {
+  const LaneTag d;
+  const LaneVec inverse = hn::Mul(hn::Load(d, work.inverse + lane), hn::Set(d, kFeedbackTries[index]));
+  LaneVec yc = hn::Zero(d);
+  LaneVec cc = hn::Zero(d);
+  for (int c = 0; c < head_dim; ++c) {
+    const LaneVec x = hn::Load(d, work.y + c * kTokenBlock + lane);
+    const LaneVec value = ValueOf<kBits>(CodeOf<kBits>(x, inverse));
+    yc = hn::Add(yc, hn::Mul(x, value));
+    cc = hn::MulAdd(value, value, cc);
+  }
+  hn::Store(inverse, d, work.try_inverse + lane);
+  hn::Store(hn::Div(yc, cc), d, work.try_s + lane);
+}
+
+/// Keeps the codes of work.fed for the lanes in which they cost less than those of the tries before.
+HWY_NOINLINE void KeepBetter(const StoreWork& work, int head_dim, int index, int lane) {
+  const LaneTag d;
+  const LaneVec cost = hn::Load(d, work.cost + lane);
+  const LaneVec least = hn::Load(d, work.least + lane);
+  // Whatever the first costs is kept: the memory of `least` may hold anything before.
+  const auto better = index == 0 ? hn::Eq(hn::Zero(d), hn::Zero(d)) : hn::Lt(cost, least);
+  hn::Store(hn::IfThenElse(better, cost, least), d, work.least + lane);
+  for (int c = 0; c < head_dim; ++c) {
+    float* const chosen = work.chosen + c * kTokenBlock + lane;
+    hn::Store(hn::IfThenElse(better, hn::Load(d, work.fed + c * kTokenBlock + lane), hn::Load(d, chosen)), d, chosen);
+  }
+}
+
+/// The codes of one try of step 3 for kLanes lanes of one head, into work.fed, and their cost.
 /// In panels of channels that stay in registers: what earlier panels pass on is subtracted first, in the order of the format.
 template <int kBits>
 HWY_NOINLINE void FeedBack(const StoreWork& work, const float* HWY_RESTRICT feedback, int head_dim, int lane) {
   const LaneTag d;
   constexpr int kPanel = kLanes == 16 ? 16 : 8;
-  const LaneVec inverse = hn::Load(d, work.inverse + lane);
-  const LaneVec s = hn::Load(d, work.s + lane);
+  const LaneVec inverse = hn::Load(d, work.try_inverse + lane);
+  const LaneVec s = hn::Load(d, work.try_s + lane);
+  LaneVec cost = hn::Zero(d);
   const float* const y = work.y + lane;
   float* const residual = work.residual + lane;
   float* const fed = work.fed + lane;
@@ -174,10 +212,12 @@ HWY_NOINLINE void FeedBack(const StoreWork& work, const float* HWY_RESTRICT feed
       hn::Store(q, d, fed + (base + i) * kTokenBlock);
       hn::Store(f, d, residual + (base + i) * kTokenBlock);
       const float* const row = feedback + int64_t{base + i} * head_dim + base;
+      cost = hn::Add(cost, hn::Mul(hn::Mul(f, f), hn::Set(d, row[i])));
       HWY_UNROLL(16)
       for (int k = i + 1; k < kPanel; ++k) x[k] = hn::Sub(x[k], hn::Mul(f, hn::Set(d, row[k])));
     }
   }
+  hn::Store(cost, d, work.cost + lane);
 }
 
 /// The same for kRows rows of any heads and tokens, lanes `first` and on: channels take the lanes. For few tokens, which would leave
@@ -191,12 +231,14 @@ HWY_NOINLINE void FeedBackRows(const StoreWork& work, const StoreLane* rows, int
   const float* table[kRows];
   LaneVec inverse[kRows];
   LaneVec s[kRows];
+  LaneVec cost[kRows];
   for (int r = 0; r < kRows; ++r) {
     x[r] = work.residual + int64_t{r} * head_dim;
     std::copy(rows[first + r].y, rows[first + r].y + head_dim, x[r]);
     table[r] = feedback + int64_t{rows[first + r].head} * head_dim * head_dim;
-    inverse[r] = hn::Set(d, work.inverse[first + r]);
-    s[r] = hn::Set(d, work.s[first + r]);
+    inverse[r] = hn::Set(d, work.try_inverse[first + r]);
+    s[r] = hn::Set(d, work.try_s[first + r]);
+    cost[r] = hn::Zero(d);
   }
   for (int base = 0; base < head_dim; base += kLanes) {
     float f[kLanes][kRows];
@@ -212,8 +254,10 @@ HWY_NOINLINE void FeedBackRows(const StoreWork& work, const StoreLane* rows, int
         const LaneVec residual = hn::Sub(y, hn::Mul(s[r], ValueOf<kBits>(q)));
         work.fed[(base + i) * kTokenBlock + first + r] = hn::GetLane(q);
         f[i][r] = hn::GetLane(residual);
+        const float* const row = table[r] + int64_t{base + i} * head_dim + base;
+        cost[r] = hn::Add(cost[r], hn::Mul(hn::Mul(residual, residual), hn::Set(d, row[i])));
         // Lanes up to i are done with; what the table holds for them does not matter.
-        v[r] = hn::Sub(v[r], hn::Mul(residual, hn::LoadU(d, table[r] + int64_t{base + i} * head_dim + base)));
+        v[r] = hn::Sub(v[r], hn::Mul(residual, hn::LoadU(d, row)));
       }
     }
     for (int c = base + kLanes; c < head_dim; c += kLanes) {
@@ -229,9 +273,10 @@ HWY_NOINLINE void FeedBackRows(const StoreWork& work, const StoreLane* rows, int
       for (int r = 0; r < kRows; ++r) hn::Store(v[r], d, x[r] + c);
     }
   }
+  for (int r = 0; r < kRows; ++r) work.cost[first + r] = hn::GetLane(cost[r]);
 }
 
-/// The rest of step 3 for kLanes lanes: takes the codes of work.fed, and their sums, for the lanes that have their bit in `lanes` and a
+/// The rest of step 3 for kLanes lanes: takes the codes of work.chosen, and their sums, for the lanes that have their bit in `lanes` and a
 /// sum above 0.
 template <int kBits>
 HWY_NOINLINE void TakeFed(const StoreWork& work, int head_dim, uint16_t lanes, int lane) {
@@ -239,7 +284,7 @@ HWY_NOINLINE void TakeFed(const StoreWork& work, int head_dim, uint16_t lanes, i
   const hn::RebindToSigned<LaneTag> di;
   const WordTag du;
   const float* const y = work.y + lane;
-  const float* const fed = work.fed + lane;
+  const float* const fed = work.chosen + lane;
   LaneVec yc = hn::Zero(d);
   LaneVec cc = hn::Zero(d);
   for (int c = 0; c < head_dim; ++c) {
@@ -392,14 +437,18 @@ void FeedBackBatch(const HouseStoreParams& p, const StoreWork& work, const Store
   const float* const feedback = p.layer->feedback;
   int n_keys = 0;
   while (n_keys < n && rows[n_keys].key) ++n_keys;
-  if (p.n_tokens <= kMaxTokensByRow) {
-    int r = 0;
-    for (; r + 4 <= n_keys; r += 4) FeedBackRows<kBits, 4>(work, rows, r, feedback, head_dim);
-    for (; r < n_keys; ++r) FeedBackRows<kBits, 1>(work, rows, r, feedback, head_dim);
-  } else {  // all of one head
-    for (int lane = 0; lane < n_keys; lane += kLanes) {
-      FeedBack<kBits>(work, feedback + int64_t{rows[0].head} * head_dim * head_dim, head_dim, lane);
+  for (int index = 0; index < static_cast<int>(std::size(kFeedbackTries)); ++index) {
+    for (int lane = 0; lane < n_keys; lane += kLanes) PrepareTry<kBits>(work, head_dim, index, lane);
+    if (p.n_tokens <= kMaxTokensByRow) {
+      int r = 0;
+      for (; r + 4 <= n_keys; r += 4) FeedBackRows<kBits, 4>(work, rows, r, feedback, head_dim);
+      for (; r < n_keys; ++r) FeedBackRows<kBits, 1>(work, rows, r, feedback, head_dim);
+    } else {  // all of one head
+      for (int lane = 0; lane < n_keys; lane += kLanes) {
+        FeedBack<kBits>(work, feedback + int64_t{rows[0].head} * head_dim * head_dim, head_dim, lane);
+      }
     }
+    for (int lane = 0; lane < n_keys; lane += kLanes) KeepBetter(work, head_dim, index, lane);
   }
   const auto lanes = static_cast<uint16_t>((1u << n_keys) - 1);
   for (int lane = 0; lane < n_keys; lane += kLanes) TakeFed<kBits>(work, head_dim, lanes, lane);
@@ -461,17 +510,22 @@ bool HouseStore(const HouseStoreParams& p) {
   static thread_local kernels::Scratch scratch;
   const HousePageLayout& l = p.layer->layout;
   const int64_t lanes = int64_t{l.head_dim} * kTokenBlock;
-  float* const at = scratch.floats(4 * lanes + 5 * kTokenBlock);
-  float* const each = at + 4 * lanes;
+  float* const at = scratch.floats(5 * lanes + 9 * kTokenBlock);
+  float* const each = at + 5 * lanes;
   const StoreWork work{at,
                        at + lanes,
                        at + 2 * lanes,
-                       reinterpret_cast<uint32_t*>(at + 3 * lanes),
+                       at + 3 * lanes,
+                       reinterpret_cast<uint32_t*>(at + 4 * lanes),
                        each,
                        each + kTokenBlock,
                        each + 2 * kTokenBlock,
                        each + 3 * kTokenBlock,
-                       each + 4 * kTokenBlock};
+                       each + 4 * kTokenBlock,
+                       each + 5 * kTokenBlock,
+                       each + 6 * kTokenBlock,
+                       each + 7 * kTokenBlock,
+                       each + 8 * kTokenBlock};
   // A row fills a lane. Several tokens: one head and kind after the other. Few tokens: rows of several heads, and where the bits
   // allow it keys and values, share a batch, or most lanes would be idle.
   const int heads_per_batch = p.n_tokens <= kMaxTokensByRow ? kTokenBlock / p.n_tokens : 1;

@@ -40,7 +40,8 @@ struct Layer {
     feedback = random_rows(n_kv_heads * matrix, 31, 1.0F / std::sqrt(static_cast<float>(head_dim)));
     // The diagonal and what lies below it are not read.
     for (int64_t i = 0; i < n_kv_heads * matrix; ++i) {
-      if (i % matrix / head_dim >= i % head_dim) feedback[i] = std::nanf("");
+      if (i % matrix / head_dim == i % head_dim) feedback[i] = std::fabs(feedback[i]) + 0.1F;
+      if (i % matrix / head_dim > i % head_dim) feedback[i] = std::nanf("");
     }
     shift = random_rows(int64_t{n_kv_heads} * head_dim, 32, 2.0F);
     layer.feedback = feedback.data();
@@ -309,6 +310,7 @@ std::vector<float> feedback_of(std::vector<double> s, int d) {
   }
   std::vector<float> feedback(s.size());
   for (int i = 0; i < d; ++i) {
+    feedback[i * d + i] = static_cast<float>(1.0 / (upper[i * d + i] * upper[i * d + i]));
     for (int j = i + 1; j < d; ++j) feedback[i * d + j] = static_cast<float>(upper[i * d + j] / upper[i * d + i]);
   }
   return feedback;
