@@ -44,7 +44,7 @@ class Settings:
     values: int = None  # bits of values; None: like keys
     balance: str = "weights"  # weights, calibrated, none
     shift: str = "bias"  # bias, mean (calibrated), none
-    shift_pairs: float = 0.99  # share of the energy of mu that the kept RoPE pairs must hold, the fewest; 1 or `all`: all pairs
+    shift_pairs: float = 0.99  # share of the energy of mu L that the shifted RoPE pairs must hold, the fewest; 1 or `all`: all pairs
     feedback: str = "weights"  # weights, calibrated, none
     positions: float = None  # feedback=weights averages over positions 0 .. positions - 1, may be inf; None: min(trained context, 4096)
     damping: float = 0.01  # of the mean diagonal, added before the inverse
@@ -196,12 +196,15 @@ def balance(moments, mu):
     return torch.where((q > 0) & (k > 0), q / k, torch.ones_like(q)).pow(0.25)
 
 
-def keep_pairs(mu, share):
-    """mu with only the fewest RoPE pairs per kv head that hold `share` of its energy; share 1 keeps all."""
+def keep_pairs(mu, scales, share):
+    """mu with only the fewest RoPE pairs per kv head that hold `share` of the energy of mu L; share 1 keeps all.
+
+    The energy is that of the balanced mu, so that the choice does not depend on how a model splits magnitude between q and k.
+    """
     if share >= 1:
         return mu
     half = mu.shape[-1] // 2
-    energy = pair_sums(mu.square())[:, :half]
+    energy = pair_sums((mu * scales).square())[:, :half]
     order = energy.argsort(dim=1, descending=True, stable=True)
     ordered = energy.gather(1, order)
     before = ordered.cumsum(1) - ordered  # a pair is kept while those before it hold less than the share
@@ -322,8 +325,8 @@ class FakeQuantAttention(nn.Module):
             self.shared.calibration[self.layer].add(q, k)
 
         if s.bits == 16:
-            k, k_hat, v_hat, recent = rope(k), None, v, 0
-            out = self._attend(q, k, v, k, v, 0)
+            k_hat, v_hat = rope(k), v
+            out = self._attend(q, k_hat, v, k_hat, v, 0)
         else:
             derived = self.shared.derived[self.layer]
             mu, scales = derived.mu[:, None, :], derived.scales[:, None, :]
@@ -409,17 +412,17 @@ class Reference:
         attention = layer.self_attn
         weights = weight_moments(attention, layer.input_layernorm.weight, attention.n_kv_heads, attention.head_dim)
         calibrated = self.calibrated[index] if self.calibrated else None
-        if s.shift == "none":
-            mu = torch.zeros_like(weights.k_mean)
-        else:
-            mu = keep_pairs(weights.k_mean if s.shift == "bias" else calibrated.k_mean, s.shift_pairs)
+        mu = {"none": lambda: torch.zeros_like(weights.k_mean), "bias": lambda: weights.k_mean, "mean": lambda: calibrated.k_mean}[s.shift]()
         if s.balance == "none":
-            scales = torch.ones_like(mu)
-        elif s.balance == "weights" and s.shift == "mean":
-            # The mean takes the place of bias and of the mean that white hidden states do not have: only the covariance remains.
-            scales = balance(dataclasses.replace(weights, k_mean=mu), mu)
+            balanced_by = lambda mu: torch.ones_like(mu)
+        elif s.balance == "weights":
+            # Of the mean, weights know the bias only; where the calibrated one is subtracted, it is what mu falls short of.
+            known = dataclasses.replace(weights, k_mean=calibrated.k_mean) if s.shift == "mean" else weights
+            balanced_by = lambda mu: balance(known, mu)
         else:
-            scales = balance(weights if s.balance == "weights" else calibrated, mu)
+            balanced_by = lambda mu: balance(calibrated, mu)
+        mu = keep_pairs(mu, balanced_by(mu), s.shift_pairs)
+        scales = balanced_by(mu)
         factor = None
         if s.feedback == "weights":
             qq = average_over_positions(weights.qq, self.model.model.rotary_emb.inv_freq, s.positions)
@@ -496,6 +499,101 @@ def compare(reference, windows, settings, progress=None):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Goldens
+
+
+GOLDEN_WINDOW = 2048
+GOLDEN_CALIBRATION_WINDOWS = 8
+GOLDEN_SHORT = 40
+
+CALIBRATED = "shift=mean,balance=calibrated,feedback=calibrated"
+GOLDEN_SPECS = {
+    "exact": "exact",
+    "rotunda2": "rotunda2",
+    "rotunda2-feedback-none": "rotunda2:feedback=none",
+    "rotunda2-plain": "rotunda2:balance=none,feedback=none",
+    "rotunda2-recent0": "rotunda2:recent=0",
+    "rotunda2-first0": "rotunda2:first=0",
+    "rotunda2-sinks20": "rotunda2:sinks=20",
+    "rotunda2-least-squares": "rotunda2:scale=least_squares",
+    "rotunda2-values4": "rotunda2:values=4",
+    "rotunda3": "rotunda3",
+    "rotunda3-recent0": "rotunda3:recent=0",
+    "rotunda4": "rotunda4",
+    "rotunda4-recent0": "rotunda4:recent=0",
+    "rotunda2-calibrated": f"rotunda2:{CALIBRATED}",
+    "rotunda2-calibrated-all-pairs": f"rotunda2:{CALIBRATED},shift_pairs=all",
+}
+
+
+def layer_constants(derived):
+    """What layer 0 is set up with, for a test that need not run the model."""
+    half = derived.scales.shape[1] // 2
+    out = {"lambda": [rounded(row[:half]) for row in derived.scales], "mu": [rounded(row) for row in derived.mu]}
+    if derived.factor is not None:
+        u = derived.factor / derived.factor.diagonal(dim1=1, dim2=2)[:, :, None]
+        out["feedback_row0"] = [rounded(head[0]) for head in u]
+        out["feedback_square_sums"] = [rounded(head.double().triu(1).square().sum(1).float(), 6) for head in u]
+    return out
+
+
+def make_golden(reference, tokenizer, text, calibration_text, progress):
+    """The content of tests/golden/rotunda_tiny_gqa.json; the fields are documented in it under "about"."""
+    config = reference.config
+    window = windows_of(tokenizer.encode(text), GOLDEN_WINDOW, config.bos_token_id, 1)[0]
+    calibration = windows_of(
+        tokenizer.encode(calibration_text), config.max_position_embeddings, config.bos_token_id, GOLDEN_CALIBRATION_WINDOWS
+    )
+    reference.calibrate(calibration)
+    exact = reference.log_probs(window)
+    variants = {}
+    for name, spec in GOLDEN_SPECS.items():
+        reference.use(parse_spec(spec))
+        total = Comparison()
+        log_probs = reference.log_probs(window)
+        total.add(window, exact, log_probs)
+        nll = -log_probs.gather(1, torch.tensor(window[1:])[:, None])[:, 0].double()
+        entry = {"spec": spec, "settings": dataclasses.asdict(reference.settings)}
+        entry["mean_nll"] = round(nll.mean().item(), 6)
+        entry["mean_nll_first_256"] = round(nll[:256].mean().item(), 6)
+        entry |= {key: round(total.result()[key], 6) for key in ("kl", "top1")}
+        if reference.derived:
+            entry["layer0"] = layer_constants(reference.derived[0])
+        if reference.settings.recent == 0:
+            reference.records = {}
+            short = reference.nll(window[:GOLDEN_SHORT])
+            first, reference.records = reference.records[0], None
+            entry["short"] = {
+                "nll": rounded(short),
+                "layer0_k_hat_token39": rounded(first["k_hat"][:, -1]),
+                "layer0_v_hat_token39": rounded(first["v_hat"][:, -1]),
+                "layer0_out_norm": rounded(first["out"].norm(dim=-1)),
+            }
+        variants[name] = entry
+        progress(f"{name}: mean nll {entry['mean_nll']}, KL {entry['kl']}")
+    return {
+        "about": {
+            "window": "ids of the first window of the text: BOS and 2047 tokens; mean_nll, kl and top1 are over its last 2047 ids",
+            "calibration": "ids of the calibration windows one after the other, each BOS and trained context - 1 tokens",
+            "settings": "recent: query i sees keys j > i - recent exactly; first: tokens at the start that all see exactly; sinks: "
+            "largest |hidden| entries of a layer's input, over the whole window; exact tokens as balanced keys after RoPE and rotated values in fp16",
+            "layer0": "lambda [kv head][pair]; mu [kv head][channel], before balance; feedback_row0 [kv head][j] U_0j / U_00; "
+            "feedback_square_sums [kv head][i] the sum of (U_ij / U_ii)^2 over j > i",
+            "short": "the first 40 ids of the window alone: k_hat after RoPE (balance undone) and v_hat (rotated back) of the last token, "
+            "[kv head][channel]; out: the attention block's result after o_proj",
+        },
+        "window": window,
+        "calibration": {
+            "windows": len(calibration),
+            "window_len": config.max_position_embeddings,
+            "text_sha256": hashlib.sha256(calibration_text.encode()).hexdigest(),
+            "ids": sum(calibration, []),
+        },
+        "variants": variants,
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Command line
 
 
@@ -504,9 +602,11 @@ def main():
     commands = parser.add_subparsers(dest="command", required=True)
     ppl = commands.add_parser("ppl", help="perplexity, KL and top-1 against the exact model over non-overlapping windows")
     task = commands.add_parser("task", help="teacher-forced exact match over JSON lines {prompt, [solution], answer}")
-    for command in (ppl, task):
+    golden = commands.add_parser("golden", help="write the goldens of the C++ tests")
+    for command in (ppl, task, golden):
         command.add_argument("--model", required=True)
         command.add_argument("--threads", type=int, default=1)
+    for command in (ppl, task):
         command.add_argument("--spec", action="append", required=True, help="exact or rotundaN[:name=value,...]; may be repeated")
         command.add_argument("--calibration", help="text file; needed by calibrated options and shift=mean")
         command.add_argument("--calibration-windows", type=int, default=16, help="of the trained context")
@@ -515,6 +615,9 @@ def main():
     ppl.add_argument("--window-len", type=int, help="default: the trained context")
     task.add_argument("--jsonl", required=True)
     task.add_argument("--lines", type=int, default=100)
+    golden.add_argument("--text", required=True)
+    golden.add_argument("--calibration", required=True)
+    golden.add_argument("--out", required=True)
     args = parser.parse_args()
 
     torch.set_num_threads(args.threads)
@@ -522,6 +625,11 @@ def main():
     bos, context = reference.config.bos_token_id, reference.config.max_position_embeddings
     start = time.time()
     progress = lambda line: print(f"{time.time() - start:6.0f} s  {line}", file=sys.stderr, flush=True)
+
+    if args.command == "golden":
+        result = make_golden(reference, tokenizer, read_text(args.text), read_text(args.calibration), progress)
+        pathlib.Path(args.out).write_text(json.dumps(result, separators=(",", ":")) + "\n")
+        return
 
     settings = [parse_spec(text) for text in args.spec]
     if any(one.needs_calibration() for one in settings):
