@@ -47,6 +47,8 @@ class Settings:
     shift_pairs: float = 0.99  # share of the energy of mu L that the shifted RoPE pairs must hold, the fewest; 1 or `all`: all pairs
     feedback: str = "weights"  # weights, calibrated, none
     positions: float = None  # feedback=weights averages over positions 0 .. positions - 1, may be inf; None: min(trained context, 4096)
+    feedback_scale: str = "least_squares"  # the scale that feedback reckons errors with, of the codes without feedback: least_squares, unbiased
+    feedback_steps: int = 1  # above 1: feedback is run at several steps (FEEDBACK_STEPS) and the codes of least e S e^T are kept
     damping: float = 0.01  # of the mean diagonal, added before the inverse
     scale: str = "unbiased"  # unbiased, least_squares
     recent: int = 64  # query i sees keys j > i - recent exactly
@@ -64,6 +66,7 @@ CHOICES = {
     "balance": ("weights", "calibrated", "none"),
     "shift": ("bias", "mean", "none"),
     "feedback": ("weights", "calibrated", "none"),
+    "feedback_scale": ("unbiased", "least_squares"),
     "scale": ("unbiased", "least_squares"),
     "exact": ("fp16", "fp32"),
 }
@@ -85,6 +88,8 @@ def parse_spec(text):
         if key in CHOICES and value not in CHOICES[key]:
             raise SystemExit(f"spec: {key}={value}, expected {' or '.join(CHOICES[key])}")
         values[key] = 1.0 if (key, value) == ("shift_pairs", "all") else fields[key](value)
+    if values.get("feedback_steps", 1) not in (1, *FEEDBACK_STEPS):
+        raise SystemExit(f"spec: feedback_steps={values['feedback_steps']}, expected 1, 3, 5 or 7")
     return Settings(**values)
 
 
@@ -120,15 +125,26 @@ def search_codes(y, bits):
     return best_codes, best_step
 
 
-def feed_back(y, codes, step, bits, factor):
+def scale_of(y, codes, rule):
+    """[..., 1]: unbiased keeps y . (s c) = y . y, least_squares is nearest."""
+    yc = (y * codes).sum(-1, keepdim=True)
+    return y.square().sum(-1, keepdim=True) / yc if rule == "unbiased" else yc / codes.square().sum(-1, keepdim=True)
+
+
+def stored_scale(y, codes, rule):
+    """The same in fp16; 0 where y is 0, else above it."""
+    s = scale_of(y, codes, rule).half().float().clamp_min(2.0**-24)
+    return torch.where(y.square().sum(-1, keepdim=True) > 0, s, torch.zeros_like(s))
+
+
+def feed_back(y, codes, step, bits, factor, rule):
     """Codes by sequential rounding: the error of channel i moves the channels after it.
 
-    y, codes [heads, T, d], step [heads, T, 1], factor [heads, d, d] upper triangular (`feedback_factor`). The error is that of the
-    least-squares scale of the given codes; codes are chosen at `step`.
+    y, codes [heads, T, d], step [heads, T, 1], factor [heads, d, d] upper triangular (`feedback_factor`). Codes are chosen at `step`,
+    errors taken with the scale of the given codes.
     """
-    scale = (y * codes).sum(-1, keepdim=True) / codes.square().sum(-1, keepdim=True)
     rest = y.transpose(1, 2).contiguous()  # [heads, d, T]: a channel of all tokens lies together
-    step, scale = step.transpose(1, 2), scale.transpose(1, 2)
+    step, scale = step.transpose(1, 2), scale_of(y, codes, rule).transpose(1, 2)
     out = torch.empty_like(rest)
     for i in range(rest.shape[1]):
         x = rest[:, i : i + 1]
@@ -138,17 +154,36 @@ def feed_back(y, codes, step, bits, factor):
     return out.transpose(1, 2)
 
 
-def quantize(y, bits, scale, factor=None):
+# Multiples of the winning step that feedback_steps > 1 tries.
+FEEDBACK_STEPS = {3: (0.9, 1.0, 1.1), 5: (0.8, 0.9, 1.0, 1.1, 1.2), 7: (0.8, 0.87, 0.94, 1.0, 1.07, 1.14, 1.21)}
+
+
+def codes_with_feedback(y, codes, step, bits, factor, s):
+    """The codes that feedback makes of y; where they point away from y, those given stay."""
+    if s.feedback_steps == 1:
+        fed = feed_back(y, codes, step, bits, factor, s.feedback_scale)
+    else:
+        best = None
+        for multiple in FEEDBACK_STEPS[s.feedback_steps]:
+            tried = step * multiple
+            new = feed_back(y, round_to_codes(y, tried, bits), tried, bits, factor, s.feedback_scale)
+            error = y - stored_scale(y, new, s.scale) * new
+            # S^-1 = U^T U, so e S e^T = |e U^-1|^2.
+            cost = torch.linalg.solve_triangular(factor, error, upper=True, left=False).square().sum(-1, keepdim=True)
+            if best is None:
+                best, fed = cost, new
+            else:
+                fed = torch.where(cost < best, new, fed)
+                best = torch.minimum(cost, best)
+    return torch.where((y * fed).sum(-1, keepdim=True) > 0, fed, codes)
+
+
+def quantize(y, bits, s, factor=None):
     """y [heads, T, d] coded with one fp16 scale per token, and back; with feedback where a factor [heads, d, d] is given."""
     codes, step = search_codes(y, bits)
     if factor is not None:
-        fed = feed_back(y, codes, step, bits, factor)
-        codes = torch.where((y * fed).sum(-1, keepdim=True) > 0, fed, codes)
-    energy, yc = y.square().sum(-1, keepdim=True), (y * codes).sum(-1, keepdim=True)
-    s = energy / yc if scale == "unbiased" else yc / codes.square().sum(-1, keepdim=True)
-    smallest = 2.0**-24
-    s = torch.where(energy > 0, s.half().float().clamp_min(smallest), torch.zeros_like(s))
-    return s * codes
+        codes = codes_with_feedback(y, codes, step, bits, factor, s)
+    return stored_scale(y, codes, s.scale) * codes
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -280,7 +315,7 @@ class FakeQuantAttention(nn.Module):
     def _quantize_values(self, v):
         h = hadamard(self.head_dim)
         s = self.shared.settings
-        return quantize(v @ h, s.values, s.scale) @ h
+        return quantize(v @ h, s.values, s) @ h
 
     def _attend(self, q, k, v, k_hat, v_hat, recent):
         """Causal attention [T, Hq * d]: query i sees k, v of tokens j > i - recent and k_hat, v_hat of the others.
@@ -332,7 +367,7 @@ class FakeQuantAttention(nn.Module):
             mu, scales = derived.mu[:, None, :], derived.scales[:, None, :]
             h = hadamard(self.head_dim)
             y = rope((k - mu) * scales) @ h
-            k_hat = (quantize(y, s.bits, s.scale, derived.factor) @ h) / scales + rope(mu.expand_as(k))
+            k_hat = (quantize(y, s.bits, s, derived.factor) @ h) / scales + rope(mu.expand_as(k))
             v_hat = self._quantize_values(v)
             k = rope(k)
             if s.exact == "fp16":  # as a cache keeps them: keys balanced and after RoPE, values rotated
@@ -516,6 +551,8 @@ GOLDEN_SPECS = {
     "rotunda2-first0": "rotunda2:first=0",
     "rotunda2-sinks20": "rotunda2:sinks=20",
     "rotunda2-least-squares": "rotunda2:scale=least_squares",
+    "rotunda2-feedback-unbiased": "rotunda2:feedback_scale=unbiased",
+    "rotunda2-feedback-unbiased-5-steps": "rotunda2:feedback_scale=unbiased,feedback_steps=5",
     "rotunda2-values4": "rotunda2:values=4",
     "rotunda3": "rotunda3",
     "rotunda3-recent0": "rotunda3:recent=0",
@@ -523,6 +560,8 @@ GOLDEN_SPECS = {
     "rotunda4-recent0": "rotunda4:recent=0",
     "rotunda2-calibrated": f"rotunda2:{CALIBRATED}",
     "rotunda2-calibrated-all-pairs": f"rotunda2:{CALIBRATED},shift_pairs=all",
+    "rotunda2-calibrated-feedback-unbiased": f"rotunda2:{CALIBRATED},feedback_scale=unbiased",
+    "rotunda2-calibrated-feedback-unbiased-5-steps": f"rotunda2:{CALIBRATED},feedback_scale=unbiased,feedback_steps=5",
 }
 
 
