@@ -13,7 +13,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 JOBS ?= $(shell scripts/jobs.sh)
 FUZZ_SECONDS ?= 600
 
-.PHONY: help setup build test demo bench fuzz fuzz-smoke format clean
+.PHONY: help setup build test demo bench bench-peers fuzz fuzz-smoke format clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -33,6 +33,9 @@ demo: build  ## the main job on the model in models/: 16-bit cache against the p
 bench: setup  ## kernels and end to end against named baselines; JSON in build/bench/
 	@scripts/build.sh cpu-release $(JOBS) all
 	@scripts/bench.sh
+
+bench-peers: setup  ## decode attention of llama.cpp on this CPU, to set beside `make bench`; JSON in build/bench/
+	@scripts/bench_peers.sh $(JOBS)
 
 fuzz:  ## every fuzz target for FUZZ_SECONDS=600 each (installs clang)
 	@scripts/setup.sh --fuzz
