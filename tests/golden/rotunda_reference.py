@@ -36,6 +36,10 @@ from rotate_reference import Tokenizer, exact_match, hadamard, read_text, rounde
 # Settings
 
 
+# What the winning step is divided by, one try of feedback after the other.
+FEEDBACK_TRIES = (1.0, 1.07, 0.93, 1.15, 0.87, 1.25, 0.81)
+
+
 @dataclasses.dataclass
 class Settings:
     """One cache format; the defaults are rotunda2's without calibration."""
@@ -48,7 +52,7 @@ class Settings:
     feedback: str = "weights"  # weights, calibrated, none
     positions: float = None  # feedback=weights averages over positions 0 .. positions - 1, may be inf; None: min(trained context, 4096)
     feedback_scale: str = "least_squares"  # the scale that feedback reckons errors with, of the codes without feedback: least_squares, unbiased
-    feedback_steps: int = 1  # above 1: feedback is run at several steps (FEEDBACK_STEPS) and the codes of least e S e^T are kept
+    feedback_steps: int = len(FEEDBACK_TRIES)  # feedback is run at the first so many of FEEDBACK_TRIES, and the codes of least cost are kept
     damping: float = 0.01  # of the mean diagonal, added before the inverse
     scale: str = "unbiased"  # unbiased, least_squares
     recent: int = 64  # query i sees keys j > i - recent exactly
@@ -88,8 +92,8 @@ def parse_spec(text):
         if key in CHOICES and value not in CHOICES[key]:
             raise SystemExit(f"spec: {key}={value}, expected {' or '.join(CHOICES[key])}")
         values[key] = 1.0 if (key, value) == ("shift_pairs", "all") else fields[key](value)
-    if values.get("feedback_steps", 1) not in (1, *FEEDBACK_STEPS):
-        raise SystemExit(f"spec: feedback_steps={values['feedback_steps']}, expected 1, 3, 5 or 7")
+    if not 1 <= values.get("feedback_steps", 1) <= len(FEEDBACK_TRIES):
+        raise SystemExit(f"spec: feedback_steps={values['feedback_steps']}, expected 1 to {len(FEEDBACK_TRIES)}")
     return Settings(**values)
 
 
@@ -141,40 +145,28 @@ def feed_back(y, codes, step, bits, factor, rule):
     """Codes by sequential rounding: the error of channel i moves the channels after it.
 
     y, codes [heads, T, d], step [heads, T, 1], factor [heads, d, d] upper triangular (`feedback_factor`). Codes are chosen at `step`,
-    errors taken with the scale of the given codes.
+    errors taken with the scale of the given codes. Also what queries see of the error, [heads, T, 1]: the sum of the errors' squares.
     """
     rest = y.transpose(1, 2).contiguous()  # [heads, d, T]: a channel of all tokens lies together
     step, scale = step.transpose(1, 2), scale_of(y, codes, rule).transpose(1, 2)
-    out = torch.empty_like(rest)
+    out, cost = torch.empty_like(rest), torch.zeros_like(scale)
     for i in range(rest.shape[1]):
         x = rest[:, i : i + 1]
         out[:, i : i + 1] = c = round_to_codes(x, step, bits)
         error = (x - scale * c) / factor[:, i, i, None, None]
+        cost += error.square()
         rest[:, i + 1 :] -= factor[:, i, i + 1 :, None] * error
-    return out.transpose(1, 2)
-
-
-# Multiples of the winning step that feedback_steps > 1 tries.
-FEEDBACK_STEPS = {3: (0.9, 1.0, 1.1), 5: (0.8, 0.9, 1.0, 1.1, 1.2), 7: (0.8, 0.87, 0.94, 1.0, 1.07, 1.14, 1.21)}
+    return out.transpose(1, 2), cost.transpose(1, 2)
 
 
 def codes_with_feedback(y, codes, step, bits, factor, s):
-    """The codes that feedback makes of y; where they point away from y, those given stay."""
-    if s.feedback_steps == 1:
-        fed = feed_back(y, codes, step, bits, factor, s.feedback_scale)
-    else:
-        best = None
-        for multiple in FEEDBACK_STEPS[s.feedback_steps]:
-            tried = step * multiple
-            new = feed_back(y, round_to_codes(y, tried, bits), tried, bits, factor, s.feedback_scale)
-            error = y - stored_scale(y, new, s.scale) * new
-            # S^-1 = U^T U, so e S e^T = |e U^-1|^2.
-            cost = torch.linalg.solve_triangular(factor, error, upper=True, left=False).square().sum(-1, keepdim=True)
-            if best is None:
-                best, fed = cost, new
-            else:
-                fed = torch.where(cost < best, new, fed)
-                best = torch.minimum(cost, best)
+    """The codes that feedback makes of y, of several tries those of least cost; where they point away from y, those given stay."""
+    fed = least = None
+    for divisor in FEEDBACK_TRIES[: s.feedback_steps]:
+        tried = step / divisor
+        new, cost = feed_back(y, round_to_codes(y, tried, bits), tried, bits, factor, s.feedback_scale)
+        fed = new if fed is None else torch.where(cost < least, new, fed)
+        least = cost if least is None else torch.minimum(cost, least)
     return torch.where((y * fed).sum(-1, keepdim=True) > 0, fed, codes)
 
 
@@ -551,8 +543,6 @@ GOLDEN_SPECS = {
     "rotunda2-first0": "rotunda2:first=0",
     "rotunda2-sinks20": "rotunda2:sinks=20",
     "rotunda2-least-squares": "rotunda2:scale=least_squares",
-    "rotunda2-feedback-unbiased": "rotunda2:feedback_scale=unbiased",
-    "rotunda2-feedback-unbiased-5-steps": "rotunda2:feedback_scale=unbiased,feedback_steps=5",
     "rotunda2-values4": "rotunda2:values=4",
     "rotunda3": "rotunda3",
     "rotunda3-recent0": "rotunda3:recent=0",
@@ -560,8 +550,6 @@ GOLDEN_SPECS = {
     "rotunda4-recent0": "rotunda4:recent=0",
     "rotunda2-calibrated": f"rotunda2:{CALIBRATED}",
     "rotunda2-calibrated-all-pairs": f"rotunda2:{CALIBRATED},shift_pairs=all",
-    "rotunda2-calibrated-feedback-unbiased": f"rotunda2:{CALIBRATED},feedback_scale=unbiased",
-    "rotunda2-calibrated-feedback-unbiased-5-steps": f"rotunda2:{CALIBRATED},feedback_scale=unbiased,feedback_steps=5",
 }
 
 

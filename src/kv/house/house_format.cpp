@@ -131,7 +131,9 @@ void HouseFormat::fuse(const KvSpec& spec, const KvModel& model, int layer, Proj
   const auto rebalance = [&] {
     if (options.balance == Moments::kNone) return;
     const LayerMoments& m = moments(options.balance == Moments::kCalibrated);
-    const at::Tensor key = m.key_variance + (m.key_mean - shift).square();
+    // Of the mean, weights know the bias only.
+    const at::Tensor mean = options.shift == Shift::kMean ? moments(true).key_mean : m.key_mean;
+    const at::Tensor key = m.key_variance + (mean - shift).square();
     balance = balance_of(model, pair_sums(m.query.diagonal(0, 1, 2)), pair_sums(key));
   };
   rebalance();
