@@ -16,9 +16,9 @@ namespace {
 
 // What one layer's weights (and a calibration) made of the format's tables.
 struct LayerTables {
-  at::Tensor balance;   // [n_kv_heads, d / 2]
-  at::Tensor shift;     // [n_kv_heads, d], attention factor in
-  at::Tensor feedback;  // [n_kv_heads, d, d], or undefined
+  at::Tensor balance;                        // [n_kv_heads, d / 2]
+  at::Tensor shift;                          // [n_kv_heads, d], attention factor in
+  at::Tensor feedback;                       // [n_kv_heads, d, d], or undefined
   std::vector<std::vector<uint16_t>> pairs;  // [n_kv_heads], RoPE pairs that are shifted
 
   const float* shift_of(int head) const { return shift.const_data_ptr<float>() + head * shift.size(1); }
@@ -40,7 +40,8 @@ LayerTables layer_tables(const KvModel& model, int layer, bool with_feedback, co
   tables.balance = part("balance", {heads, d / 2});
   tables.shift = part("shift", {heads, d}) * model.rope.attention_factor();
   if (with_feedback) tables.feedback = part("feedback", {heads, d, d});
-  for (int head = 0; head < model.n_kv_heads; ++head) tables.pairs.push_back(shifted_pairs(tables.shift_of(head), model.head_dim / 2));
+  for (int head = 0; head < model.n_kv_heads; ++head)
+    tables.pairs.push_back(shifted_pairs(tables.shift_of(head), model.head_dim / 2));
   return tables;
 }
 
@@ -97,7 +98,8 @@ class HouseCache final : public WindowedCache {
     }
   }
 
-  bool store(int layer, std::byte* page, int block, int first, int n_tokens, const float* key, const float* value) const override {
+  bool store(int layer, std::byte* page, int block, int first, int n_tokens, const float* key,
+             const float* value) const override {
     return house_store({&layers_[layer], key, value, channels(), block, first, n_tokens, page});
   }
 
@@ -107,9 +109,9 @@ class HouseCache final : public WindowedCache {
             [this, layer, &pages](int64_t block, float* key, int64_t stride, float* value, int64_t value_head_stride) {
               const BlockAngles angles(rope_, block, model().head_dim / 2);
               for (int head = 0; head < model().n_kv_heads; ++head)
-                house_load({&layers_[layer], pages[block / kBlocksPerPage]->bytes, head, static_cast<int>(block % kBlocksPerPage),
-                            angles.cos.data(), angles.sin.data(), key + int64_t{head} * model().head_dim * stride, stride,
-                            value + head * value_head_stride});
+                house_load({&layers_[layer], pages[block / kBlocksPerPage]->bytes, head,
+                            static_cast<int>(block % kBlocksPerPage), angles.cos.data(), angles.sin.data(),
+                            key + int64_t{head} * model().head_dim * stride, stride, value + head * value_head_stride});
             }};
   }
 
@@ -122,7 +124,8 @@ class HouseCache final : public WindowedCache {
     return [this, layer, rotated = std::move(rotated), shifts = shift_terms(layer, q)](
                int group, int64_t page_begin, const kernels::PageRun& run, const kernels::SoftmaxState& state) {
       const LayerTables& tables = tables_[layer];
-      HouseDecodeParams params{&layers_[layer], run, group, rep(), rotated.data() + int64_t{group} * rep() * model().head_dim, {}, state};
+      HouseDecodeParams params{
+          &layers_[layer], run, group, rep(), rotated.data() + int64_t{group} * rep() * model().head_dim, {}, state};
       if (!tables.pairs[group].empty()) {
         const int half = model().head_dim / 2;
         params.shift = {static_cast<int>(tables.pairs[group].size()),
@@ -175,7 +178,8 @@ class HouseCache final : public WindowedCache {
     for (const LayerTables& tables : tables_) {
       for (const at::Tensor& table : {tables.balance, tables.shift}) {
         for (int64_t i = 0; i < table.numel(); ++i)
-          hash = (hash ^ ((std::bit_cast<uint32_t>(table.const_data_ptr<float>()[i]) + 0x8000U) >> 16)) * 1099511628211ULL;
+          hash =
+              (hash ^ ((std::bit_cast<uint32_t>(table.const_data_ptr<float>()[i]) + 0x8000U) >> 16)) * 1099511628211ULL;
       }
     }
     return hash;
@@ -197,7 +201,8 @@ class HouseCache final : public WindowedCache {
 
 }  // namespace
 
-std::unique_ptr<KvCache> make_house_cache(const KvSpec& spec, const KvModel& model, const HouseOptions& options, const ops::TensorBundle& setup) {
+std::unique_ptr<KvCache> make_house_cache(const KvSpec& spec, const KvModel& model, const HouseOptions& options,
+                                          const ops::TensorBundle& setup) {
   return std::make_unique<HouseCache>(spec, model, options, house_layout(options, model), setup);
 }
 

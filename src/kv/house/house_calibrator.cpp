@@ -54,6 +54,8 @@ class HouseCalibrator final : public KvCalibrator {
 
 }  // namespace
 
-std::unique_ptr<KvCalibrator> make_house_calibrator(const KvModel& model) { return std::make_unique<HouseCalibrator>(model); }
+std::unique_ptr<KvCalibrator> make_house_calibrator(const KvModel& model) {
+  return std::make_unique<HouseCalibrator>(model);
+}
 
 }  // namespace rotunda::kv::house

@@ -22,20 +22,28 @@ at::Tensor to_channels(const at::Tensor& pairs) { return at::cat({pairs, pairs},
 
 const char* to_text(Moments moments) {
   switch (moments) {
-    case Moments::kAuto: return "auto";
-    case Moments::kWeights: return "weights";
-    case Moments::kCalibrated: return "calibrated";
-    case Moments::kNone: return "none";
+    case Moments::kAuto:
+      return "auto";
+    case Moments::kWeights:
+      return "weights";
+    case Moments::kCalibrated:
+      return "calibrated";
+    case Moments::kNone:
+      return "none";
   }
   ROTUNDA_ASSERT(false);
 }
 
 const char* to_text(Shift shift) {
   switch (shift) {
-    case Shift::kAuto: return "auto";
-    case Shift::kBias: return "bias";
-    case Shift::kMean: return "mean";
-    case Shift::kNone: return "none";
+    case Shift::kAuto:
+      return "auto";
+    case Shift::kBias:
+      return "bias";
+    case Shift::kMean:
+      return "mean";
+    case Shift::kNone:
+      return "none";
   }
   ROTUNDA_ASSERT(false);
 }
@@ -68,7 +76,8 @@ void fold_balance(const KvModel& model, const at::Tensor& balance, ProjectionWei
     weights.q_norm = weights.q_norm / key_factor[0];
     return;
   }
-  const at::Tensor query_factor = key_factor.reciprocal().repeat_interleave(model.n_heads / model.n_kv_heads, 0).flatten();
+  const at::Tensor query_factor =
+      key_factor.reciprocal().repeat_interleave(model.n_heads / model.n_kv_heads, 0).flatten();
   const auto scale = [](at::Tensor& weight, at::Tensor& bias, const at::Tensor& factor) {
     weight = weight * factor.unsqueeze(1);
     if (bias.defined()) bias = bias * factor;
@@ -80,7 +89,8 @@ void fold_balance(const KvModel& model, const at::Tensor& balance, ProjectionWei
 }  // namespace
 
 std::string HouseFormat::summary() const {
-  return "our own: " + std::to_string(bits_) + "-bit codes, balanced, shifted, rotated; needs no data, better with a calibration";
+  return "our own: " + std::to_string(bits_) +
+         "-bit codes, balanced, shifted, rotated; needs no data, better with a calibration";
 }
 
 std::vector<KvOption> HouseFormat::options() const { return HouseOptions::describe(bits_); }
@@ -92,9 +102,13 @@ std::optional<std::string> HouseFormat::unsupported_reason(const KvSpec&, const 
   return std::nullopt;
 }
 
-CalibrationUse HouseFormat::calibration_use(const KvSpec& spec) const { return HouseOptions::from_spec(spec, bits_).calibration_use(); }
+CalibrationUse HouseFormat::calibration_use(const KvSpec& spec) const {
+  return HouseOptions::from_spec(spec, bits_).calibration_use();
+}
 
-std::unique_ptr<KvCalibrator> HouseFormat::make_calibrator(const KvModel& model) const { return make_house_calibrator(model); }
+std::unique_ptr<KvCalibrator> HouseFormat::make_calibrator(const KvModel& model) const {
+  return make_house_calibrator(model);
+}
 
 void HouseFormat::check_calibration(const KvSpec&, const KvModel& model, const ops::TensorBundle& calibration) const {
   for (int layer = 0; layer < model.n_layers; ++layer) calibrated_moments(model, layer, calibration);
@@ -109,11 +123,13 @@ KvSpec HouseFormat::resolved(const KvSpec& spec, bool calibrated) const {
   return made;
 }
 
-void HouseFormat::fuse(const KvSpec& spec, const KvModel& model, int layer, ProjectionWeights& weights, ops::TensorBundle& setup) const {
+void HouseFormat::fuse(const KvSpec& spec, const KvModel& model, int layer, ProjectionWeights& weights,
+                       ops::TensorBundle& setup) const {
   const bool calibrated = setup.tensors.count("query_moment") != 0;
   const HouseOptions options = HouseOptions::from_spec(spec, bits_).resolved(calibrated);
-  ROTUNDA_CHECK(options.balance == Moments::kNone || !model.key_norm || (weights.q_norm.defined() && weights.k_norm.defined()), name(),
-                ": cannot balance queries and keys that pass a norm without gains; balance=none runs without");
+  ROTUNDA_CHECK(
+      options.balance == Moments::kNone || !model.key_norm || (weights.q_norm.defined() && weights.k_norm.defined()),
+      name(), ": cannot balance queries and keys that pass a norm without gains; balance=none runs without");
   std::optional<LayerMoments> by_weights, by_calibration;
   const auto moments = [&](bool of_calibration) -> const LayerMoments& {
     auto& made = of_calibration ? by_calibration : by_weights;
@@ -125,7 +141,8 @@ void HouseFormat::fuse(const KvSpec& spec, const KvModel& model, int layer, Proj
   at::Tensor shift = at::zeros({heads, d}, at::kDouble);
   if (options.shift == Shift::kMean) shift = moments(true).key_mean;
   // A bias in front of a norm is no constant behind it.
-  if (options.shift == Shift::kBias && weights.k_bias.defined() && !model.key_norm) shift = weights.k_bias.to(at::kDouble).view({heads, d});
+  if (options.shift == Shift::kBias && weights.k_bias.defined() && !model.key_norm)
+    shift = weights.k_bias.to(at::kDouble).view({heads, d});
 
   at::Tensor balance = at::ones({heads, d / 2}, at::kDouble);
   const auto rebalance = [&] {
@@ -144,7 +161,8 @@ void HouseFormat::fuse(const KvSpec& spec, const KvModel& model, int layer, Proj
 
   if (options.feedback != Moments::kNone) {
     const at::Tensor factor = to_channels(balance).reciprocal();
-    const at::Tensor s = moments(options.feedback == Moments::kCalibrated).query * factor.unsqueeze(2) * factor.unsqueeze(1);
+    const at::Tensor s =
+        moments(options.feedback == Moments::kCalibrated).query * factor.unsqueeze(2) * factor.unsqueeze(1);
     const at::Tensor rotation = hadamard_matrix(model.head_dim, at::kDouble);
     setup.tensors[concat("feedback.", layer)] = feedback_triangle(at::matmul(at::matmul(rotation.t(), s), rotation));
   }
@@ -159,7 +177,8 @@ int64_t HouseFormat::planned_bytes(const KvSpec& spec, const KvModel& model, int
   return planned_windowed_bytes(options.exact, model, house_layout(options, model).page_bytes(), kv_len);
 }
 
-std::unique_ptr<KvCache> HouseFormat::make_cache(const KvSpec& spec, const KvModel& model, const ops::TensorBundle& setup) const {
+std::unique_ptr<KvCache> HouseFormat::make_cache(const KvSpec& spec, const KvModel& model,
+                                                 const ops::TensorBundle& setup) const {
   const HouseOptions options = HouseOptions::from_spec(spec, bits_);
   const auto reason = unsupported_reason(spec, model);
   ROTUNDA_CHECK(!reason, *reason);

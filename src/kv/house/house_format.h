@@ -24,9 +24,11 @@ class HouseFormat : public KvFormat {
   /// Balance into W_q and W_k (or the gains of the norms behind them), the value rotation into W_v and W_o. Leaves in `setup`, per layer l:
   ///   balance.l [n_kv_heads, d / 2] fp32, lambda of every RoPE pair; shift.l [n_kv_heads, d] fp32, mu in balanced keys;
   ///   feedback.l [n_kv_heads, d, d] fp32, where there is feedback.
-  void fuse(const KvSpec& spec, const KvModel& model, int layer, ProjectionWeights& weights, ops::TensorBundle& setup) const override;
+  void fuse(const KvSpec& spec, const KvModel& model, int layer, ProjectionWeights& weights,
+            ops::TensorBundle& setup) const override;
   int64_t planned_bytes(const KvSpec& spec, const KvModel& model, int64_t kv_len) const override;
-  std::unique_ptr<KvCache> make_cache(const KvSpec& spec, const KvModel& model, const ops::TensorBundle& setup) const override;
+  std::unique_ptr<KvCache> make_cache(const KvSpec& spec, const KvModel& model,
+                                      const ops::TensorBundle& setup) const override;
 
  private:
   int bits_;

@@ -42,14 +42,17 @@ LayerMoments weight_moments(const KvModel& model, const ProjectionWeights& weigh
   const int64_t d = model.head_dim;
   const at::Tensor q_rows = head_rows(weights.q_weight, weights.input_gain, d);
   const at::Tensor q_bias = head_bias(weights.q_bias, model.n_heads, d);
-  at::Tensor q = at::bmm(q_rows, q_rows.transpose(1, 2)) + q_bias.unsqueeze(2) * q_bias.unsqueeze(1);  // [n_heads, d, d]
+  at::Tensor q =
+      at::bmm(q_rows, q_rows.transpose(1, 2)) + q_bias.unsqueeze(2) * q_bias.unsqueeze(1);  // [n_heads, d, d]
 
   LayerMoments moments;
   moments.key_mean = head_bias(weights.k_bias, model.n_kv_heads, d);
   moments.key_variance = head_rows(weights.k_weight, weights.input_gain, d).square().sum(2);  // [n_kv_heads, d]
   if (model.key_norm) {
     // A gain of 1 stands for a norm that has none.
-    const auto gain = [&](const at::Tensor& norm) { return norm.defined() ? norm.to(at::kDouble) : at::ones({d}, at::kDouble); };
+    const auto gain = [&](const at::Tensor& norm) {
+      return norm.defined() ? norm.to(at::kDouble) : at::ones({d}, at::kDouble);
+    };
     const at::Tensor q_gain = gain(weights.q_norm);
     q = q * unit_mean_square(q.diagonal(0, 1, 2)).unsqueeze(2) * q_gain.unsqueeze(1) * q_gain;
     const at::Tensor energy = moments.key_variance + moments.key_mean.square();
@@ -65,15 +68,17 @@ LayerMoments calibrated_moments(const KvModel& model, int layer, const ops::Tens
   const int64_t n_layers = model.n_layers, heads = model.n_kv_heads, d = model.head_dim;
   const auto part = [&](const char* name, at::IntArrayRef sizes) {
     const at::Tensor tensor = calibration.get(name, at::kFloat, sizes)[layer].to(at::kDouble);
-    ROTUNDA_CHECK(tensor.isfinite().all().item<bool>(), calibration.origin, ": tensor ", name, " of layer ", layer, " is not finite");
+    ROTUNDA_CHECK(tensor.isfinite().all().item<bool>(), calibration.origin, ": tensor ", name, " of layer ", layer,
+                  " is not finite");
     return tensor;
   };
   LayerMoments moments;
   moments.query = part("query_moment", {n_layers, heads, d, d});
   moments.key_mean = part("key_mean", {n_layers, heads, d});
   moments.key_variance = part("key_variance", {n_layers, heads, d});
-  ROTUNDA_CHECK(moments.key_variance.ge(0.0).all().item<bool>() && moments.query.diagonal(0, 1, 2).ge(0.0).all().item<bool>(),
-                calibration.origin, ": layer ", layer, " has a negative variance in key_variance or query_moment");
+  ROTUNDA_CHECK(
+      moments.key_variance.ge(0.0).all().item<bool>() && moments.query.diagonal(0, 1, 2).ge(0.0).all().item<bool>(),
+      calibration.origin, ": layer ", layer, " has a negative variance in key_variance or query_moment");
   return moments;
 }
 
@@ -86,7 +91,8 @@ at::Tensor average_over_rope(const at::Tensor& moment, const std::vector<double>
     const at::Tensor one = at::ones_like(angle);
     const at::Tensor step = at::polar(one, angle) - 1.0;
     const at::Tensor still = angle.abs() < 1e-9;
-    const at::Tensor sum = (at::polar(one, angle * static_cast<double>(n_positions)) - 1.0) / at::where(still, at::ones_like(step), step);
+    const at::Tensor sum =
+        (at::polar(one, angle * static_cast<double>(n_positions)) - 1.0) / at::where(still, at::ones_like(step), step);
     return at::where(still, at::ones_like(step), sum / static_cast<double>(n_positions));
   };
   const auto block = [&](int64_t i, int64_t j) { return moment.narrow(-2, i * half, half).narrow(-1, j * half, half); };
@@ -95,7 +101,8 @@ at::Tensor average_over_rope(const at::Tensor& moment, const std::vector<double>
   const at::Tensor pseudo = at::complex(a - e, c + b) * mean_phase(w.unsqueeze(1) + w);
   const at::Tensor sum = (covariance + pseudo) / 2.0;
   const at::Tensor difference = (covariance - pseudo) / 2.0;
-  return at::cat({at::cat({at::real(sum), -at::imag(difference)}, -1), at::cat({at::imag(sum), at::real(difference)}, -1)}, -2);
+  return at::cat(
+      {at::cat({at::real(sum), -at::imag(difference)}, -1), at::cat({at::imag(sum), at::real(difference)}, -1)}, -2);
 }
 
 at::Tensor feedback_triangle(const at::Tensor& s) {

@@ -8,7 +8,7 @@ namespace rotunda::kv::house {
 
 /// What balance, shift and feedback want to know of one layer's queries and keys. All fp64.
 struct LayerMoments {
-  at::Tensor query;         ///< [n_kv_heads, d, d] E[q q^T] after RoPE, over positions and over the query heads of a kv head
+  at::Tensor query;  ///< [n_kv_heads, d, d] E[q q^T] after RoPE, over positions and over the query heads of a kv head
   at::Tensor key_mean;      ///< [n_kv_heads, d] before RoPE
   at::Tensor key_variance;  ///< [n_kv_heads, d] about that mean
 };

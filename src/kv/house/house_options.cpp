@@ -8,8 +8,11 @@ namespace rotunda::kv::house {
 namespace {
 
 Moments parse_moments(const KvSpec& spec, const std::string& key) {
-  return parse_choice<Moments>(
-      spec, key, {{"auto", Moments::kAuto}, {"weights", Moments::kWeights}, {"calibrated", Moments::kCalibrated}, {"none", Moments::kNone}});
+  return parse_choice<Moments>(spec, key,
+                               {{"auto", Moments::kAuto},
+                                {"weights", Moments::kWeights},
+                                {"calibrated", Moments::kCalibrated},
+                                {"none", Moments::kNone}});
 }
 
 }  // namespace
@@ -25,23 +28,26 @@ HouseOptions HouseOptions::from_spec(const KvSpec& spec, int bits) {
     } else if (key == "sinks") {
       options.exact.sinks = parse_number(spec, key, 0, 4096);
     } else if (key == "sink_select") {
-      options.exact.sink_select = parse_choice<SinkSelect>(spec, key, {{"prompt", SinkSelect::kPrompt}, {"running", SinkSelect::kRunning}});
+      options.exact.sink_select =
+          parse_choice<SinkSelect>(spec, key, {{"prompt", SinkSelect::kPrompt}, {"running", SinkSelect::kRunning}});
     } else if (key == "balance") {
       options.balance = parse_moments(spec, key);
     } else if (key == "shift") {
-      options.shift =
-          parse_choice<Shift>(spec, key, {{"auto", Shift::kAuto}, {"bias", Shift::kBias}, {"mean", Shift::kMean}, {"none", Shift::kNone}});
+      options.shift = parse_choice<Shift>(
+          spec, key, {{"auto", Shift::kAuto}, {"bias", Shift::kBias}, {"mean", Shift::kMean}, {"none", Shift::kNone}});
     } else if (key == "shift_pairs") {
       options.shift_pairs = parse_number(spec, key, 0.01F, 1.0F);
     } else if (key == "feedback") {
       options.feedback = parse_moments(spec, key);
     } else if (key == "scale") {
-      options.scale = parse_choice<ScaleRule>(spec, key, {{"unbiased", ScaleRule::kUnbiased}, {"least_squares", ScaleRule::kLeastSquares}});
+      options.scale = parse_choice<ScaleRule>(
+          spec, key, {{"unbiased", ScaleRule::kUnbiased}, {"least_squares", ScaleRule::kLeastSquares}});
     } else if (key == "values") {
       options.value_bits = parse_number(spec, key, 2, 4);
     } else {
       throw_user_error(concat(spec.format, ": option '", key,
-                              "' is unknown, expected one of: balance, feedback, first, recent, scale, shift, shift_pairs, sink_select, sinks, values"));
+                              "' is unknown, expected one of: balance, feedback, first, recent, scale, shift, "
+                              "shift_pairs, sink_select, sinks, values"));
     }
   }
   return options;
@@ -53,10 +59,15 @@ std::vector<KvOption> HouseOptions::describe(int bits) {
       {"first", "4", "first tokens of a sequence kept in 16 bits, 0 or more"},
       {"sinks", "20", "largest entries of a layer's input; their tokens stay in 16 bits too, 0 or more"},
       {"sink_select", "prompt", "tokens that may be sinks: prompt or running (all so far)"},
-      {"balance", "auto", "evens out queries and keys by RoPE pair: from the weights, calibrated, none; auto: calibrated if there is a calibration"},
-      {"shift", "auto", "subtracted from keys before RoPE: bias (of the key projection), mean (calibrated), none; auto: mean if there is a calibration"},
+      {"balance", "auto",
+       "evens out queries and keys by RoPE pair: from the weights, calibrated, none; auto: calibrated if there is a "
+       "calibration"},
+      {"shift", "auto",
+       "subtracted from keys before RoPE: bias (of the key projection), mean (calibrated), none; auto: mean if there "
+       "is a calibration"},
       {"shift_pairs", "0.99", "share of the shift's energy to subtract, by the fewest RoPE pairs, 0.01 to 1"},
-      {"feedback", "auto", "rounds keys by what queries see of the error: from the weights, calibrated, none; auto: as for balance"},
+      {"feedback", "auto",
+       "rounds keys by what queries see of the error: from the weights, calibrated, none; auto: as for balance"},
       {"scale", "unbiased", "scale of a token: unbiased (scores are not shrunk) or least_squares (for comparison)"},
       {"values", std::to_string(bits), "bits of a value's code, 2 to 4"},
   };
@@ -72,7 +83,8 @@ HouseOptions HouseOptions::resolved(bool calibrated) const {
 }
 
 CalibrationUse HouseOptions::calibration_use() const {
-  if (balance == Moments::kCalibrated || feedback == Moments::kCalibrated || shift == Shift::kMean) return CalibrationUse::kRequired;
+  if (balance == Moments::kCalibrated || feedback == Moments::kCalibrated || shift == Shift::kMean)
+    return CalibrationUse::kRequired;
   const bool open = balance == Moments::kAuto || feedback == Moments::kAuto || shift == Shift::kAuto;
   return open ? CalibrationUse::kOptional : CalibrationUse::kNone;
 }

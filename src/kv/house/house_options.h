@@ -2,16 +2,16 @@
 
 #include <vector>
 
+#include "kv/house/kernels/house_codec.h"
 #include "kv/kv_format.h"
 #include "kv/kv_options.h"
-#include "kv/house/kernels/house_codec.h"
 
 namespace rotunda::kv::house {
 
 /// Where the format takes second moments of queries and keys from.
 enum class Moments {
-  kAuto,        ///< the calibration if there is one, else the weights
-  kWeights,     ///< W diag(g^2) W^T with g the gain of the norm in front: no data
+  kAuto,     ///< the calibration if there is one, else the weights
+  kWeights,  ///< W diag(g^2) W^T with g the gain of the norm in front: no data
   kCalibrated,
   kNone,
 };

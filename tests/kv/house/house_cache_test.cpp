@@ -11,8 +11,8 @@
 namespace rotunda::kv {
 namespace {
 
-using testing::FusedCache;
 using testing::exact_attention;
+using testing::FusedCache;
 using testing::nmse;
 using testing::Text;
 
@@ -57,8 +57,10 @@ Text random_inputs(const KvModel& model, int64_t n_tokens, uint64_t seed, const 
   at::manual_seed(seed);
   Text text;
   for (int layer = 0; layer < model.n_layers; ++layer) {
-    const at::Tensor x = at::randn({n_tokens, int64_t{model.n_heads} * model.head_dim + 2 * model.kv_channels()}) * original(layer).input_gain;
-    const auto parts = x.split_with_sizes({int64_t{model.n_heads} * model.head_dim, model.kv_channels(), model.kv_channels()}, 1);
+    const at::Tensor x = at::randn({n_tokens, int64_t{model.n_heads} * model.head_dim + 2 * model.kv_channels()}) *
+                         original(layer).input_gain;
+    const auto parts =
+        x.split_with_sizes({int64_t{model.n_heads} * model.head_dim, model.kv_channels(), model.kv_channels()}, 1);
     text.q.push_back(parts[0].reshape({n_tokens, model.n_heads, model.head_dim}));
     text.k.push_back(parts[1].reshape({n_tokens, model.n_kv_heads, model.head_dim}));
     text.v.push_back(parts[2].reshape({n_tokens, model.n_kv_heads, model.head_dim}));
@@ -121,7 +123,8 @@ at::Tensor fake_quantize(const at::Tensor& x, int bits, bool unbiased, const at:
   }
   if (s.defined()) {
     const at::Tensor identity = at::eye(s.size(0), at::kDouble);
-    const at::Tensor upper = at::linalg_cholesky(at::linalg_inv(s + 0.01 * s.diagonal().mean() * identity), /*upper=*/true);
+    const at::Tensor upper =
+        at::linalg_cholesky(at::linalg_inv(s + 0.01 * s.diagonal().mean() * identity), /*upper=*/true);
     at::Tensor least;
     for (const double factor : {1.0, 1.07, 0.93, 1.15, 0.87, 1.25, 0.81}) {
       const at::Tensor step = best_step / factor;
@@ -172,26 +175,33 @@ at::Tensor rope_average(const KvModel& model, const at::Tensor& m, int64_t n_pos
 }
 
 // Attention in which every token sees the packed form of keys and values but for the first tokens and the newest.
-at::Tensor method_attention(const KvModel& model, const Text& text, const FusedCache::Projections& original, int64_t n_tokens, const Method& m) {
+at::Tensor method_attention(const KvModel& model, const Text& text, const FusedCache::Projections& original,
+                            int64_t n_tokens, const Method& m) {
   const int64_t rep = model.n_heads / model.n_kv_heads, d = model.head_dim, half = d / 2;
   const at::Tensor h = sylvester(d);
   const at::Tensor angles = angles_of(model, n_tokens);
   std::vector<at::Tensor> outs;
   for (int layer = 0; layer < model.n_layers; ++layer) {
     const ProjectionWeights w = original(layer);
-    const auto rows = [&](const at::Tensor& weight) { return (weight.to(at::kDouble) * w.input_gain.to(at::kDouble)).view({-1, d, weight.size(1)}); };
+    const auto rows = [&](const at::Tensor& weight) {
+      return (weight.to(at::kDouble) * w.input_gain.to(at::kDouble)).view({-1, d, weight.size(1)});
+    };
     const at::Tensor wq = rows(w.q_weight), wk = rows(w.k_weight);
-    const at::Tensor q_bias = w.q_bias.defined() ? w.q_bias.to(at::kDouble).view({-1, d}) : at::zeros({model.n_heads, d}, at::kDouble);
-    const at::Tensor mu = w.k_bias.defined() ? w.k_bias.to(at::kDouble).view({-1, d}) : at::zeros({model.n_kv_heads, d}, at::kDouble);
+    const at::Tensor q_bias =
+        w.q_bias.defined() ? w.q_bias.to(at::kDouble).view({-1, d}) : at::zeros({model.n_heads, d}, at::kDouble);
+    const at::Tensor mu =
+        w.k_bias.defined() ? w.k_bias.to(at::kDouble).view({-1, d}) : at::zeros({model.n_kv_heads, d}, at::kDouble);
     const at::Tensor q = turn(text.q[layer].slice(0, 0, n_tokens).to(at::kDouble), angles);
     const at::Tensor k = text.k[layer].slice(0, 0, n_tokens).to(at::kDouble);
     const at::Tensor v = text.v[layer].slice(0, 0, n_tokens).to(at::kDouble);
     std::vector<at::Tensor> heads;
     for (int64_t g = 0; g < model.n_kv_heads; ++g) {
       at::Tensor moment = at::zeros({d, d}, at::kDouble);
-      for (int64_t r = g * rep; r < (g + 1) * rep; ++r) moment += (at::matmul(wq[r], wq[r].t()) + at::outer(q_bias[r], q_bias[r])) / static_cast<double>(rep);
+      for (int64_t r = g * rep; r < (g + 1) * rep; ++r)
+        moment += (at::matmul(wq[r], wq[r].t()) + at::outer(q_bias[r], q_bias[r])) / static_cast<double>(rep);
       const at::Tensor q_energy = moment.diagonal().narrow(0, 0, half) + moment.diagonal().narrow(0, half, half);
-      const at::Tensor k_energy = wk[g].square().sum(1).narrow(0, 0, half) + wk[g].square().sum(1).narrow(0, half, half);
+      const at::Tensor k_energy =
+          wk[g].square().sum(1).narrow(0, 0, half) + wk[g].square().sum(1).narrow(0, half, half);
       const at::Tensor lambda = m.balance ? (q_energy / k_energy).pow(0.25) : at::ones({half}, at::kDouble);
       const at::Tensor factor = at::cat({lambda, lambda});
       at::Tensor s;
@@ -210,9 +220,11 @@ at::Tensor method_attention(const KvModel& model, const Text& text, const FusedC
       const at::Tensor exact = distance.lt(m.recent).logical_or(place.lt(m.first).unsqueeze(0));
       for (int64_t r = g * rep; r < (g + 1) * rep; ++r) {
         const at::Tensor query = q.select(1, r);
-        const at::Tensor scores = at::where(exact, at::matmul(query, k_turned.t()), at::matmul(query, k_coded.t())) * model.softmax_scale;
+        const at::Tensor scores =
+            at::where(exact, at::matmul(query, k_turned.t()), at::matmul(query, k_coded.t())) * model.softmax_scale;
         const at::Tensor p = scores.masked_fill(distance.lt(0), -std::numeric_limits<double>::infinity()).softmax(-1);
-        heads.push_back(at::matmul(p.masked_fill(exact.logical_not(), 0.0), v_head) + at::matmul(p.masked_fill(exact, 0.0), v_coded));
+        heads.push_back(at::matmul(p.masked_fill(exact.logical_not(), 0.0), v_head) +
+                        at::matmul(p.masked_fill(exact, 0.0), v_coded));
       }
     }
     outs.push_back(at::stack(heads, 1));
@@ -248,7 +260,8 @@ class HouseCacheTest : public ::testing::TestWithParam<Case> {
   KvModel model_ = test_model();
   FusedCache::Projections original_ = projections(model_, GetParam().bias);
   Text inputs_ = random_inputs(model_, kTokens, 3, original_);
-  at::Tensor expected_ = method_attention(model_, projected(model_, inputs_, original_), original_, kTokens, GetParam().method);
+  at::Tensor expected_ =
+      method_attention(model_, projected(model_, inputs_, original_), original_, kTokens, GetParam().method);
 };
 
 TEST_P(HouseCacheTest, QuantizeAllIsTheMethod) {
@@ -278,7 +291,8 @@ TEST_P(HouseCacheTest, DecodingAfterAPromptIsTheMethod) {
 // Sinks off: which tokens they are is a matter of the layer's input (conformance and sinks_test see to it).
 INSTANTIATE_TEST_SUITE_P(
     Variants, HouseCacheTest,
-    ::testing::Values(Case{"rotunda2:sinks=0", {}}, Case{"rotunda2:sinks=0,recent=0,first=0", {.recent = 0, .first = 0}},
+    ::testing::Values(Case{"rotunda2:sinks=0", {}},
+                      Case{"rotunda2:sinks=0,recent=0,first=0", {.recent = 0, .first = 0}},
                       Case{"rotunda2:sinks=0,recent=16,feedback=none", {.feedback = false, .recent = 16}},
                       Case{"rotunda2:sinks=0,recent=16,balance=none", {.balance = false, .recent = 16}},
                       Case{"rotunda2:sinks=0,recent=16,scale=least_squares", {.unbiased = false, .recent = 16}},
@@ -343,8 +357,8 @@ std::string rope_name(const ::testing::TestParamInfo<ops::RopeType>& info) {
 }
 
 INSTANTIATE_TEST_SUITE_P(RopeTypes, HouseRopeTest,
-                         ::testing::Values(ops::RopeType::kDefault, ops::RopeType::kLinear, ops::RopeType::kDynamic, ops::RopeType::kLlama3,
-                                           ops::RopeType::kYarn),
+                         ::testing::Values(ops::RopeType::kDefault, ops::RopeType::kLinear, ops::RopeType::kDynamic,
+                                           ops::RopeType::kLlama3, ops::RopeType::kYarn),
                          rope_name);
 
 TEST(HouseFormatTest, HowMagnitudeIsSplitBetweenQueriesAndKeysDoesNotMatter) {
@@ -412,7 +426,8 @@ TEST(HouseFormatTest, BitsPerElementAreCodesAndOneScaleATokenAndHead) {
   for (const int head_dim : {64, 128}) {
     const KvModel model = testing::small_model(8, 4, head_dim);
     const Text text = testing::random_text(model, 256, 6);
-    for (const auto& [spec, bits] : {std::pair{"rotunda2", 2.0}, {"rotunda3", 3.0}, {"rotunda4", 4.0}, {"rotunda2:values=4", 3.0}}) {
+    for (const auto& [spec, bits] :
+         {std::pair{"rotunda2", 2.0}, {"rotunda3", 3.0}, {"rotunda4", 4.0}, {"rotunda2:values=4", 3.0}}) {
       KvSpec exactless = parse_kv_spec(spec);
       for (const char* option : {"recent", "sinks", "first"}) exactless.options[option] = "0";
       FusedCache fused(exactless, model);
@@ -455,7 +470,8 @@ TEST(HouseCalibrationTest, TheMeanIsGivenBackAndHelps) {
   const KvFormat& format = kv_registry().get("rotunda2");
   const at::Tensor exact = exact_attention(model, text, 240);
   const auto loss = [&](const std::string& spec_text, const ops::TensorBundle* calibration) {
-    FusedCache fused(parse_kv_spec(spec_text), model, [&](int) { return original(model); }, calibration);
+    FusedCache fused(
+        parse_kv_spec(spec_text), model, [&](int) { return original(model); }, calibration);
     const SeqId seq = fused.cache().create();
     return nmse(fused.step({{seq, &text, 0, 240}}, StepKind::kQuantizeAll), exact);
   };
@@ -493,8 +509,10 @@ TEST(HouseCalibrationTest, WhatDoesNotFitIsRefusedByName) {
 TEST(HouseFormatTest, OptionsSayWhatTheyWant) {
   const KvFormat& format = kv_registry().get("rotunda2");
   for (const auto& [spec, expected] :
-       {std::pair{"rotunda2:balance=yes", "balance=yes, expected one of: auto, weights, calibrated, none"}, {"rotunda2:shift=key", "shift=key"},
-        {"rotunda2:values=5", "values=5, expected a number from 2 to 4"}, {"rotunda2:shift_pairs=2", "shift_pairs=2"},
+       {std::pair{"rotunda2:balance=yes", "balance=yes, expected one of: auto, weights, calibrated, none"},
+        {"rotunda2:shift=key", "shift=key"},
+        {"rotunda2:values=5", "values=5, expected a number from 2 to 4"},
+        {"rotunda2:shift_pairs=2", "shift_pairs=2"},
         {"rotunda2:zero=code", "option 'zero' is unknown"}}) {
     try {
       format.validate(parse_kv_spec(spec));
@@ -505,7 +523,8 @@ TEST(HouseFormatTest, OptionsSayWhatTheyWant) {
   }
   EXPECT_EQ(format.calibration_use(parse_kv_spec("rotunda2")), CalibrationUse::kOptional);
   EXPECT_EQ(format.calibration_use(parse_kv_spec("rotunda2:shift=mean")), CalibrationUse::kRequired);
-  EXPECT_EQ(format.calibration_use(parse_kv_spec("rotunda2:shift=bias,balance=weights,feedback=none")), CalibrationUse::kNone);
+  EXPECT_EQ(format.calibration_use(parse_kv_spec("rotunda2:shift=bias,balance=weights,feedback=none")),
+            CalibrationUse::kNone);
 }
 
 }  // namespace

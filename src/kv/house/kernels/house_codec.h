@@ -22,7 +22,9 @@ struct StepSearch {
   int count;
 };
 inline constexpr StepSearch step_search(int bits) {
-  return bits == 2 ? StepSearch{0.40F, 0.65F, 6} : bits == 3 ? StepSearch{0.20F, 0.36F, 5} : StepSearch{0.10F, 0.22F, 5};
+  return bits == 2   ? StepSearch{0.40F, 0.65F, 6}
+         : bits == 3 ? StepSearch{0.20F, 0.36F, 5}
+                     : StepSearch{0.10F, 0.22F, 5};
 }
 /// Candidate i in fp32: first + i * ((last - first) / (count - 1)), one rounding an operation.
 inline float step_candidate(const StepSearch& search, int i) {
@@ -57,12 +59,13 @@ struct HouseLayer {
 ///   4. scale = fp16(e / yc), or fp16(yc / cc) by ScaleRule::kLeastSquares; where it underflows to 0, the smallest fp16 above 0.
 struct HouseStoreParams {
   const HouseLayer* layer;
-  const float* key;    ///< [n_tokens][n_kv_heads * head_dim] (k - mu) R_n H: shifted, turned and rotated; row_stride in elements
+  const float*
+      key;  ///< [n_tokens][n_kv_heads * head_dim] (k - mu) R_n H: shifted, turned and rotated; row_stride in elements
   const float* value;  ///< [n_tokens][n_kv_heads * head_dim] rotated per head
   int64_t row_stride;
-  int block;           ///< within the page
-  int first;           ///< first token within the block
-  int n_tokens;        ///< first + n_tokens <= 16; other tokens of the block keep their codes and scales
+  int block;     ///< within the page
+  int first;     ///< first token within the block
+  int n_tokens;  ///< first + n_tokens <= 16; other tokens of the block keep their codes and scales
   std::byte* page;
 };
 
@@ -111,7 +114,7 @@ struct HouseLoadParams {
   /// cos and sin of this block's tokens at their absolute positions, no attention factor: [head_dim / 2][16]; unread without a shift
   const float* cos;
   const float* sin;
-  float* key_out;    ///< [head_dim][out_stride], tokens in columns 0 .. 15
+  float* key_out;  ///< [head_dim][out_stride], tokens in columns 0 .. 15
   int64_t out_stride;
   float* value_out;  ///< [16][head_dim]
 };
