@@ -77,11 +77,14 @@ function(rotunda_add_test name)
   add_test(NAME ${name} COMMAND ${name})
   # ctest runs several tests at once and their tensors are tiny: more threads each would only wait for one another. What is
   # about threads calls at::set_num_threads itself.
-  set_tests_properties(${name} PROPERTIES LABELS "${ARG_LABELS}" TIMEOUT ${ARG_TIMEOUT} ENVIRONMENT OMP_NUM_THREADS=1)
+  set(environment OMP_NUM_THREADS=1)
   if(ROTUNDA_SANITIZE)
     # LeakSanitizer stays on, without suppressions: LibTorch leaves nothing that it would report.
-    set_tests_properties(${name} PROPERTIES ENVIRONMENT "UBSAN_OPTIONS=print_stacktrace=1")
+    list(APPEND environment UBSAN_OPTIONS=print_stacktrace=1)
   endif()
+  # COST: what may take longest starts first, so that no long test runs on alone at the end.
+  set_tests_properties(${name} PROPERTIES
+    LABELS "${ARG_LABELS}" TIMEOUT ${ARG_TIMEOUT} COST ${ARG_TIMEOUT} ENVIRONMENT "${environment}")
   foreach(source IN LISTS ARG_SOURCES)
     cmake_path(ABSOLUTE_PATH source BASE_DIRECTORY "${CMAKE_CURRENT_SOURCE_DIR}" NORMALIZE)
     set_property(GLOBAL APPEND PROPERTY ROTUNDA_TEST_SOURCES "${source}")
