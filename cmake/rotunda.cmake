@@ -91,6 +91,14 @@ function(rotunda_add_test name)
   endforeach()
 endfunction()
 
+# rotunda_use_cuda_emulation(<test>): CUDA kernels that the test includes run on the CPU, see tests/cuda_emulation/warps.h.
+function(rotunda_use_cuda_emulation name)
+  if(TARGET ${name})
+    target_include_directories(${name} BEFORE PRIVATE "${PROJECT_SOURCE_DIR}/tests/cuda_emulation")
+    target_compile_options(${name} PRIVATE -Wno-unknown-pragmas)
+  endif()
+endfunction()
+
 # Fails the configure step for a *_test.cpp below `directory` that no rotunda_add_test names.
 function(rotunda_check_all_tests_listed directory)
   get_property(listed GLOBAL PROPERTY ROTUNDA_TEST_SOURCES)

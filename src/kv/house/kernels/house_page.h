@@ -34,37 +34,37 @@ struct HousePageLayout {
   int head_dim = 0;         ///< a multiple of 16
   int blocks_per_page = 8;  ///< even
 
-  int64_t page_tokens() const { return int64_t{blocks_per_page} * kTokenBlock; }
+  constexpr int64_t page_tokens() const { return int64_t{blocks_per_page} * kTokenBlock; }
   /// uint32 words of one token's key in one head.
-  int key_words() const {
+  constexpr int key_words() const {
     return key_bits == 4 ? head_dim / 8 : head_dim / 16 + (key_bits == 3 ? (head_dim + 31) / 32 : 0);
   }
   /// uint32 rows [head_dim] of all the values of a head's page.
-  int value_rows() const {
+  constexpr int value_rows() const {
     return value_bits == 4 ? 2 * blocks_per_page : blocks_per_page + (value_bits == 3 ? blocks_per_page / 2 : 0);
   }
 
-  int64_t key_codes_bytes() const { return int64_t{blocks_per_page} * key_words() * kTokenBlock * 4; }  ///< of one head
-  int64_t value_codes_bytes() const { return int64_t{value_rows()} * head_dim * 4; }                    ///< of one head
-  int64_t scale_bytes() const { return page_tokens() * 2; }  ///< of one head's keys, and values
-  int64_t head_bytes() const { return (key_codes_bytes() + value_codes_bytes() + 2 * scale_bytes() + 63) / 64 * 64; }
-  int64_t page_bytes() const { return n_kv_heads * head_bytes(); }
+  constexpr int64_t key_codes_bytes() const { return int64_t{blocks_per_page} * key_words() * kTokenBlock * 4; }  ///< of one head
+  constexpr int64_t value_codes_bytes() const { return int64_t{value_rows()} * head_dim * 4; }                    ///< of one head
+  constexpr int64_t scale_bytes() const { return page_tokens() * 2; }  ///< of one head's keys, and values
+  constexpr int64_t head_bytes() const { return (key_codes_bytes() + value_codes_bytes() + 2 * scale_bytes() + 63) / 64 * 64; }
+  constexpr int64_t page_bytes() const { return n_kv_heads * head_bytes(); }
 
   /// Byte offsets within the page.
-  int64_t key_block_offset(int head, int block) const {
+  constexpr int64_t key_block_offset(int head, int block) const {
     return head * head_bytes() + int64_t{block} * key_words() * kTokenBlock * 4;
   }
   /// The row of low bits (2 and 3 bits), or the first of the block's two rows (4 bits).
-  int64_t value_block_offset(int head, int block) const {
+  constexpr int64_t value_block_offset(int head, int block) const {
     const int row = value_bits == 4 ? 2 * block : value_bits == 3 ? block + block / 2 : block;
     return head * head_bytes() + key_codes_bytes() + int64_t{row} * head_dim * 4;
   }
   /// 3 bits only: the row of high bits of the pair that holds `block`.
-  int64_t value_high_offset(int head, int block) const {
+  constexpr int64_t value_high_offset(int head, int block) const {
     return head * head_bytes() + key_codes_bytes() + int64_t{block / 2 * 3 + 2} * head_dim * 4;
   }
-  int64_t key_scale_offset(int head) const { return head * head_bytes() + key_codes_bytes() + value_codes_bytes(); }
-  int64_t value_scale_offset(int head) const { return key_scale_offset(head) + scale_bytes(); }
+  constexpr int64_t key_scale_offset(int head) const { return head * head_bytes() + key_codes_bytes() + value_codes_bytes(); }
+  constexpr int64_t value_scale_offset(int head) const { return key_scale_offset(head) + scale_bytes(); }
 };
 
 }  // namespace rotunda::kv::house

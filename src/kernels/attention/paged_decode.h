@@ -1,0 +1,67 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace rotunda::kernels {
+
+/// Decode attention on a GPU: one new token of each of `batch` sequences over all tokens that its sequence has in pages, and over
+/// those that it has in 16 bits beside them, in one softmax. All pointers are to device memory.
+///
+/// Work is a flat list of units (a piece of a page of one kv head), cut into equal shares for all warps of the GPU whatever the
+/// sequences' lengths; what a warp finds for its share of a (sequence, kv head) is merged with the others' by whoever finishes last
+/// (flash-decoding's merge, without a second launch). Deterministic: parts are merged in the order of the units.
+struct PagedDecode {
+  int batch;
+  int n_kv_heads;
+  int n_q;       ///< query heads per kv head, 1 to 8
+  int head_dim;  ///< 64, 128 or 256
+
+  /// Queries after RoPE, times softmax scale and attention factor: [batch][n_kv_heads * n_q][head_dim] fp32, in the basis that
+  /// keys have in pages, and in the one that they have in 16 bits.
+  const float* q_pages;
+  const float* q_exact;
+
+  const std::byte* pool;       ///< pages of page_bytes each
+  int64_t page_bytes;          ///< a multiple of 16
+  const int32_t* block_table;  ///< [batch][table_stride] numbers of pages in the pool
+  int table_stride;
+  const int32_t* stored_len;  ///< [batch] tokens in pages; a sequence has tokens there or exact_blocks is not 0
+  /// [batch][table_stride][page_tokens / 16]: bit t of an entry says that token t of that block is attended. Null: all that are stored.
+  const uint16_t* page_masks;
+
+  /// Tokens in 16 bits (fp16), blocks of 16 slots as in PlainPageLayout with blocks_per_page = exact_blocks: of each sequence
+  /// exact_stride bytes from `exact` on. exact_blocks = 0: none.
+  const std::byte* exact;
+  int64_t exact_stride;
+  int exact_blocks;
+  const uint16_t* exact_masks;  ///< [batch][exact_blocks] as page_masks
+
+  /// [batch + 1] units of the sequences before this one, of one kv head: see paged_decode_units.
+  const int32_t* units_before;
+
+  std::byte* workspace;  ///< paged_decode_workspace_bytes; zeroed once when it is allocated
+  float* out;            ///< [batch][n_kv_heads * n_q][head_dim]; values in the basis that they are stored in
+};
+
+/// Units of one kv head of a sequence: pages in pieces of `unit_tokens`, then blocks of 16 exact slots.
+inline constexpr int32_t paged_decode_units(int64_t stored_len, int unit_tokens, int exact_blocks) {
+  return static_cast<int32_t>((stored_len + unit_tokens - 1) / unit_tokens) + exact_blocks;
+}
+
+/// How a kernel lies over a GPU.
+struct PagedDecodeGrid {
+  int blocks;  ///< thread blocks
+  int warps_per_block;
+  int warps() const { return blocks * warps_per_block; }
+};
+
+/// Bytes of PagedDecode::workspace: counters, then the parts' maxima and sums, then their outputs.
+inline int64_t paged_decode_workspace_bytes(const PagedDecodeGrid& grid, int batch, int n_kv_heads, int n_q, int head_dim) {
+  const int64_t heads = n_q <= 4 ? 4 : 8;
+  const int64_t parts = grid.warps() + 2 * int64_t{batch} * n_kv_heads;
+  const int64_t counters = (int64_t{batch} * n_kv_heads * 4 + 255) / 256 * 256;
+  return counters + parts * heads * (8 + int64_t{head_dim} * 4);
+}
+
+}  // namespace rotunda::kernels

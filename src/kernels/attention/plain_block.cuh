@@ -1,0 +1,159 @@
+#pragma once
+
+#include "kernels/attention/paged_decode.cuh"
+
+namespace rotunda::kernels {
+
+template <typename T>
+struct SixteenBit;
+template <>
+struct SixteenBit<__half> {
+  static __device__ __forceinline__ __half round(float x) { return __float2half_rn(x); }
+  static __device__ __forceinline__ float widen(__half x) { return __half2float(x); }
+  static __device__ __forceinline__ uint32_t bits(__half x) { return __half_as_ushort(x); }
+};
+template <>
+struct SixteenBit<__nv_bfloat16> {
+  static __device__ __forceinline__ __nv_bfloat16 round(float x) { return __float2bfloat16_rn(x); }
+  static __device__ __forceinline__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
+  static __device__ __forceinline__ uint32_t bits(__nv_bfloat16 x) { return __bfloat16_as_ushort(x); }
+};
+
+/// Codec of a block of 16 tokens as PlainPageLayout has it: keys [head_dim][16], values [16][head_dim], both 16-bit floats of type T.
+/// Keys and values are the left operands of the tensor cores' products, transposed as they come out of shared memory, so that tokens
+/// (channels) are rows and the few query heads are the eight columns. A head has two columns: what T holds of the query (the
+/// probability) and what that leaves over, so that only keys and values are of 16 bits.
+/// @tparam kOfPage pages of kPageTokens; otherwise the exact tokens beside packed pages
+template <typename T, int kHeadDim, int kSets, bool kOfPage, int kPageTokens>
+struct PlainBlock {
+  static constexpr int kUnitTokens = 16;
+  static constexpr int kHalfBytes = 16 * kHeadDim * 2;  // of keys, of values
+  static constexpr int kStageBytes = 2 * kHalfBytes;
+  static constexpr int kSteps = kHeadDim / 16;
+  using Convert = SixteenBit<T>;
+  using State = WarpState<kHeadDim, kSets>;
+
+  struct Query {
+    uint32_t b[kSets][kSteps][2];
+  };
+
+  /// Two floats as T, or what T leaves over of them.
+  static __device__ __forceinline__ uint32_t pack(float x, float y, bool rest) {
+    const T hx = Convert::round(x);
+    const T hy = Convert::round(y);
+    if (!rest) return Convert::bits(hx) | Convert::bits(hy) << 16;
+    return Convert::bits(Convert::round(x - Convert::widen(hx))) | Convert::bits(Convert::round(y - Convert::widen(hy))) << 16;
+  }
+
+  static __device__ Query load_query(const PagedDecode& p, int seq, int head) {
+    const int lane = static_cast<int>(threadIdx.x) % kWarp;
+    const int g = lane / 4;
+    const int t = lane % 4;
+    Query query;
+    const float* const base = (kOfPage ? p.q_pages : p.q_exact) + (int64_t{seq} * p.n_kv_heads + head) * p.n_q * kHeadDim;
+#pragma unroll
+    for (int s = 0; s < kSets; ++s) {
+      const int h = 4 * s + g / 2;
+      const float scale = h < p.n_q ? kLog2e : 0.0F;
+      const float* const q = base + (h < p.n_q ? h : 0) * kHeadDim;
+#pragma unroll
+      for (int k = 0; k < kSteps; ++k) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const float2 x = *reinterpret_cast<const float2*>(q + 16 * k + 8 * half + 2 * t);
+          query.b[s][k][half] = pack(x.x * scale, x.y * scale, g % 2 != 0);
+        }
+      }
+    }
+    return query;
+  }
+
+  // 16-byte pieces lie where neighbouring rows of a matrix fall into different banks.
+  static __device__ __forceinline__ int key_place(int piece) { return piece ^ (piece >> 3 & 1); }
+  static __device__ __forceinline__ int value_place(int token, int piece) { return token * (kHeadDim / 8) + (piece ^ (token & 7)); }
+
+  static __device__ __forceinline__ void copy(const PagedDecode& p, std::byte* stage, const UnitAt& at) {
+    const int lane = static_cast<int>(threadIdx.x) % kWarp;
+    const int blocks = kOfPage ? kPageTokens / 16 : p.exact_blocks;
+    const std::byte* const keys = at.bytes + (int64_t{at.head} * blocks + at.piece) * kHalfBytes;
+    const std::byte* const values = keys + int64_t{p.n_kv_heads} * blocks * kHalfBytes;
+#pragma unroll
+    for (int i = 0; i < kHalfBytes / 16 / kWarp; ++i) {
+      const int piece = i * kWarp + lane;
+      ptx::copy_16_async(stage + 16 * key_place(piece), keys + 16 * piece);
+    }
+#pragma unroll
+    for (int i = 0; i < kHalfBytes / 16 / kWarp; ++i) {
+      const int piece = i * kWarp + lane;
+      ptx::copy_16_async(stage + kHalfBytes + 16 * value_place(piece / (kHeadDim / 8), piece % (kHeadDim / 8)), values + 16 * piece);
+    }
+  }
+
+  static __device__ __forceinline__ void attend(const std::byte* stage, const UnitAt& at, const Query& query, State& state) {
+    const int lane = static_cast<int>(threadIdx.x) % kWarp;
+    const int g = lane / 4;
+    const int matrix = lane / 8;
+    const int row = lane % 8;
+    float scores[kSets][4] = {};
+#pragma unroll
+    for (int k = 0; k < kSteps; ++k) {
+      uint32_t a[4];
+      const int channel = 16 * k + matrix / 2 * 8 + row;
+      ptx::load_matrices_transposed(a, stage + 16 * key_place(2 * channel + matrix % 2));
+#pragma unroll
+      for (int s = 0; s < kSets; ++s) ptx::mma(scores[s], a, query.b[s][k][0], query.b[s][k][1], T());
+    }
+    unsigned attended = at.tokens >= 16 ? 0xffffU : (1U << at.tokens) - 1;
+    if (at.masks != nullptr) attended &= *at.masks;
+    uint32_t b[kSets][2];
+    float keep[kSets];
+#pragma unroll
+    for (int s = 0; s < kSets; ++s) {
+      const float first = (attended >> g & 1U) != 0 ? scores[s][0] + scores[s][1] : -INFINITY;
+      const float second = (attended >> (g + 8) & 1U) != 0 ? scores[s][2] + scores[s][3] : -INFINITY;
+      const float top = fmaxf(state.max[s], max_over_rows(fmaxf(first, second)));
+      const float base = top == -INFINITY ? 0.0F : top;
+      keep[s] = ptx::exp2_approximate(state.max[s] - base);
+      const float p0 = ptx::exp2_approximate(first - base);
+      const float p1 = ptx::exp2_approximate(second - base);
+      state.max[s] = top;
+      state.sum[s] = state.sum[s] * keep[s] + p0 + p1;
+      b[s][0] = ptx::transpose_matrix(both_columns(p0));
+      b[s][1] = ptx::transpose_matrix(both_columns(p1));
+    }
+#pragma unroll
+    for (int k = 0; k < kSteps; ++k) {
+      uint32_t a[4];
+      ptx::load_matrices_transposed(a, stage + kHalfBytes + 16 * value_place(matrix / 2 * 8 + row, 2 * k + matrix % 2));
+#pragma unroll
+      for (int s = 0; s < kSets; ++s) {
+        float sum[4] = {};
+        ptx::mma(sum, a, b[s][0], b[s][1], T());
+        state.out[s][2 * k] = fmaf(state.out[s][2 * k], keep[s], sum[0] + sum[1]);
+        state.out[s][2 * k + 1] = fmaf(state.out[s][2 * k + 1], keep[s], sum[2] + sum[3]);
+      }
+    }
+  }
+
+  /// A probability as T in the low half, what that leaves over in the high half.
+  static __device__ __forceinline__ uint32_t both_columns(float x) {
+    const T high = Convert::round(x);
+    return Convert::bits(high) | Convert::bits(Convert::round(x - Convert::widen(high))) << 16;
+  }
+
+  static __device__ __forceinline__ void write_out(const State& state, float* to) {
+    const int lane = static_cast<int>(threadIdx.x) % kWarp;
+    const int g = lane / 4;
+    const int t = lane % 4;
+#pragma unroll
+    for (int s = 0; s < kSets; ++s) {
+#pragma unroll
+      for (int k = 0; k < kSteps; ++k) {
+        to[(4 * s + t) * kHeadDim + 16 * k + g] = state.out[s][2 * k];
+        to[(4 * s + t) * kHeadDim + 16 * k + 8 + g] = state.out[s][2 * k + 1];
+      }
+    }
+  }
+};
+
+}  // namespace rotunda::kernels

@@ -1,0 +1,418 @@
+#pragma once
+
+#include "kernels/attention/paged_decode.cuh"
+#include "kv/house/kernels/house_page.h"
+
+namespace rotunda::kv::house {
+
+using kernels::kAllLanes;
+using kernels::kLog2e;
+using kernels::kWarp;
+using kernels::PagedDecode;
+using kernels::UnitAt;
+using kernels::WarpState;
+namespace ptx = kernels::ptx;
+
+/// Codec of rotunda2/3/4 for decode attention on GPUs: one page of one kv head is a unit. Codes go to the tensor cores as bytes, straight
+/// from their words by one mask per four elements, as left operands: tokens (for values: channels) are rows, query heads are columns.
+/// Nothing is undone per cached token.
+///
+/// Lane 4 g + t reads 16 bytes of a key row of words: word t of tokens 4g .. 4g + 3 of 32, so that rows g and g + 8 of two products are
+/// these four tokens, and their scores end in the lane that read them. Queries and weights enter as integers of two bytes, each byte a
+/// column: column 2 h the upper, 2 h + 1 the lower, so both lie in the same lane of the result. A weight is 14 bits, one step per page
+/// and head.
+///
+/// 2 and 3 bits: every other group of four codes is left where it stands in the word, two bits up, and its factor is divided by four
+/// (queries are multiples of four): half the shifts.
+template <int kKeyBits, int kValueBits, int kHeadDim, int kSets>
+struct HousePageCodec {
+  static constexpr int kPageTokens = 128;
+  static constexpr int kUnitTokens = kPageTokens;
+  static constexpr int kBlocks = kPageTokens / 16;
+  using State = WarpState<kHeadDim, kSets>;
+
+  static constexpr HousePageLayout layout() { return {kKeyBits, kValueBits, 1, kHeadDim, kBlocks}; }
+  static constexpr int kHeadBytes = static_cast<int>(layout().head_bytes());
+  static constexpr int kKeyBytes = static_cast<int>(layout().key_codes_bytes());
+  static constexpr int kValueBytes = static_cast<int>(layout().value_codes_bytes());
+  static constexpr int kWeightWords = kPageTokens / 4 * 10;  // of the weights in transit, see weight_place
+  /// They take the place of the keys' codes, which have been read by then, where there is room.
+  static constexpr int kWeightsAt = kSets * kWeightWords * 4 <= kKeyBytes ? 0 : kHeadBytes;
+  static constexpr int kStageBytes = (kHeadBytes + (kWeightsAt > 0 ? kSets * kWeightWords * 4 : 0) + 127) / 128 * 128;
+  static constexpr int kKeyRow = static_cast<int>(layout().key_words()) * 4;  // 16-byte pieces of a block's keys
+  static constexpr int kValueRow = kHeadDim / 4;                              // 16-byte pieces of a row of values
+
+  // ---- codes as bytes ----------------------------------------------------------------------------------------------
+
+  /// Byte groups of a word.
+  template <int kBits>
+  static constexpr int kGroups = kBits == 4 ? 2 : 4;
+  /// Words of a token's key that one lane reads, four apart.
+  static constexpr int kKeyWords = kHeadDim / 4 / (kKeyBits == 4 ? 8 : 16);
+
+  /// Codes of a word as byte groups; of 2 and 3 bits groups 1 and 3 are four times the code.
+  /// @param high 3 bits: the high bits of the word's four groups in bits 0 to 3 of each byte
+  template <int kBits>
+  static __device__ __forceinline__ void split(uint32_t word, uint32_t high, uint32_t (&groups)[kGroups<kBits>]) {
+    if constexpr (kBits == 4) {
+      groups[0] = word & 0x0f0f0f0fU;
+      groups[1] = word >> 4 & 0x0f0f0f0fU;
+    } else {
+      groups[0] = word & 0x03030303U;
+      groups[1] = word & 0x0c0c0c0cU;
+      word >>= 4;
+      groups[2] = word & 0x03030303U;
+      groups[3] = word & 0x0c0c0c0cU;
+      if constexpr (kBits == 3) {
+        groups[0] |= high << 2 & 0x04040404U;
+        groups[1] |= high << 3 & 0x10101010U;
+        groups[2] |= high & 0x04040404U;
+        groups[3] |= high << 1 & 0x10101010U;
+      }
+    }
+  }
+  /// What a factor of group j has to be divided by.
+  template <int kBits>
+  static constexpr int divisor(int j) {
+    return kBits != 4 && j % 2 != 0 ? 4 : 1;
+  }
+
+  // ---- queries -----------------------------------------------------------------------------------------------------
+
+  struct Query {
+    uint32_t b[kSets][kKeyWords][kGroups<kKeyBits>];  ///< four channels of column g
+    float step[kSets];                                ///< of head t: score of one unit of integer times code value, in log 2
+    float offset[kSets];                              ///< what a code value's offset adds up to
+  };
+
+  static __device__ Query load_query(const PagedDecode& p, int seq, int head) {
+    const int lane = static_cast<int>(threadIdx.x) % kWarp;
+    const int g = lane / 4;
+    const int t = lane % 4;
+    constexpr int kGroup = kGroups<kKeyBits>;
+    Query query;
+    const float* const base = p.q_pages + (int64_t{seq} * p.n_kv_heads + head) * p.n_q * kHeadDim;
+#pragma unroll
+    for (int s = 0; s < kSets; ++s) {
+      const int h = 4 * s + g / 2;
+      const bool there = h < p.n_q;
+      const float* const q = base + (there ? h : 0) * kHeadDim;
+      float top = 0;
+#pragma unroll
+      for (int w = 0; w < kKeyWords; ++w) {
+#pragma unroll
+        for (int j = 0; j < kGroup; ++j) {
+          const float4 x = *reinterpret_cast<const float4*>(q + 4 * (kGroup * (4 * w + t) + j));
+          top = fmaxf(top, fmaxf(fmaxf(fabsf(x.x), fabsf(x.y)), fmaxf(fabsf(x.z), fabsf(x.w))));
+        }
+      }
+      top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, 1));
+      top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, 2));
+      // 8128 * 4 = 127 * 256: the upper byte of a multiple of four fits with its sign.
+      constexpr float kLargest = 8128.0F;
+      const float inverse = there && top > 1e-30F ? kLargest / top : 0.0F;
+      int sum = 0;
+#pragma unroll
+      for (int w = 0; w < kKeyWords; ++w) {
+#pragma unroll
+        for (int j = 0; j < kGroup; ++j) {
+          const float4 x = *reinterpret_cast<const float4*>(q + 4 * (kGroup * (4 * w + t) + j));
+          const int integers[4] = {__float2int_rn(x.x * inverse), __float2int_rn(x.y * inverse), __float2int_rn(x.z * inverse),
+                                   __float2int_rn(x.w * inverse)};
+          uint32_t word = 0;
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            sum += integers[i];
+            const int factor = 4 / divisor<kKeyBits>(j) * integers[i];
+            const int upper = (factor + 128) >> 8;
+            word |= static_cast<uint32_t>((g % 2 == 0 ? upper : factor - 256 * upper) & 255) << (8 * i);
+          }
+          query.b[s][w][j] = word;
+        }
+      }
+      sum += __shfl_xor_sync(kAllLanes, sum, 1);
+      sum += __shfl_xor_sync(kAllLanes, sum, 2);
+      // From column g = 2 t to the lanes that get head t's scores. A code value is twice the code less the offset.
+      const float step = inverse > 0 ? top / kLargest * kLog2e : 0.0F;
+      query.step[s] = 0.5F * __shfl_sync(kAllLanes, step, 8 * t);
+      query.offset[s] =
+          -2.0F * ((1 << kKeyBits) - 1) * query.step[s] * static_cast<float>(__shfl_sync(kAllLanes, sum, 8 * t));
+    }
+    return query;
+  }
+
+  // ---- shared memory -----------------------------------------------------------------------------------------------
+
+  // 16-byte pieces lie where the eight lanes of a phase of a 16-byte load find them in different banks.
+  static __device__ __forceinline__ int key_place(int piece) { return piece ^ (piece >> 3 & 1) << 1; }
+  /// Which of the four lanes t reads a row of values.
+  static __device__ __forceinline__ int value_reader(int row) {
+    if constexpr (kValueBits == 2) return row & 3;
+    if constexpr (kValueBits == 4) return row >> 1 & 3;
+    return (row % 3 == 2 ? row / 3 : row / 3 * 2 + row % 3) & 3;
+  }
+  static __device__ __forceinline__ int value_place(int row, int piece) { return row * kValueRow + (piece ^ value_reader(row) << 1); }
+
+  static __device__ __forceinline__ void copy(const PagedDecode&, std::byte* stage, const UnitAt& at) {
+    const int lane = static_cast<int>(threadIdx.x) % kWarp;
+    const std::byte* const from = at.bytes + int64_t{at.head} * kHeadBytes + 16 * lane;
+    constexpr int kKeyPieces = kKeyBytes / 16;
+    constexpr int kCodePieces = kKeyPieces + kValueBytes / 16;
+    static_assert(kKeyPieces % kWarp == 0 && kCodePieces % kWarp == 0 && kHeadBytes % 16 == 0);
+    std::byte* const keys = stage + 16 * key_place(lane);
+#pragma unroll
+    for (int i = 0; i < kKeyPieces; i += kWarp) ptx::copy_16_async(keys + 16 * i, from + 16 * i);
+#pragma unroll
+    for (int i = kKeyPieces; i < kCodePieces; i += kWarp) {
+      const int row = (i - kKeyPieces) / kValueRow + (kValueRow < kWarp ? lane / kValueRow : 0);
+      const int piece = (i - kKeyPieces) % kValueRow + lane % kValueRow;
+      ptx::copy_16_async(stage + kKeyBytes + 16 * value_place(row, piece), from + 16 * i);
+    }
+    if (kCodePieces + lane < kHeadBytes / 16) ptx::copy_16_async(stage + 16 * (kCodePieces + lane), from + 16 * kCodePieces);
+  }
+
+  static __device__ __forceinline__ uint4 piece_at(const std::byte* at) { return *reinterpret_cast<const uint4*>(at); }
+
+  /// The scales of the lane's four tokens of 32.
+  static __device__ __forceinline__ void load_scales(const std::byte* scales, int tile, int g, float (&to)[4]) {
+    struct alignas(8) FourHalves {
+      __half2 x, y;
+    };
+    const FourHalves four = *reinterpret_cast<const FourHalves*>(scales + 64 * tile + 8 * g);
+    const float2 a = __half22float2(four.x);
+    const float2 b = __half22float2(four.y);
+    to[0] = a.x, to[1] = a.y, to[2] = b.x, to[3] = b.y;
+  }
+
+  // ---- attention ---------------------------------------------------------------------------------------------------
+
+  static constexpr int kTiles = kPageTokens / 32;
+
+  /// Scores of the lane's tokens 32 tile + 4 g + r and head t, in log 2.
+  static __device__ __forceinline__ void score(const std::byte* stage, const Query& query, float (&scores)[kSets][kTiles][4]) {
+    const int lane = static_cast<int>(threadIdx.x) % kWarp;
+    const int g = lane / 4;
+    const int t = lane % 4;
+    // A place moves along by multiples of 16 pieces, by 8 with its second bit turned.
+    static_assert(2 * kKeyRow % 16 == 0);
+    const int row = g / 4 * kKeyRow + g % 4;
+    const std::byte* const low_at = stage + 16 * key_place(row + 4 * t);
+    const int high_place = key_place(row + kHeadDim / 4 + t / 2 * 4);
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+      int sums[kSets][2][4];
+#pragma unroll
+      for (int w = 0; w < kKeyWords; ++w) {
+        const uint4 words = piece_at(low_at + 16 * (2 * tile * kKeyRow + 16 * w));
+        uint4 high = words;
+        if constexpr (kKeyBits == 3) {
+          high = piece_at(stage + 16 * ((w % 2 == 0 ? high_place : high_place ^ 2) + 2 * tile * kKeyRow + 8 * w));
+          const int shift = t % 2 * 4;
+          high.x >>= shift, high.y >>= shift, high.z >>= shift, high.w >>= shift;
+        }
+        uint32_t codes[4][kGroups<kKeyBits>];
+        split<kKeyBits>(words.x, high.x, codes[0]);
+        split<kKeyBits>(words.y, high.y, codes[1]);
+        split<kKeyBits>(words.z, high.z, codes[2]);
+        split<kKeyBits>(words.w, high.w, codes[3]);
+#pragma unroll
+        for (int j = 0; j < kGroups<kKeyBits>; j += 2) {
+#pragma unroll
+          for (int pair = 0; pair < 2; ++pair) {
+            const uint32_t a[4] = {codes[2 * pair][j], codes[2 * pair + 1][j], codes[2 * pair][j + 1], codes[2 * pair + 1][j + 1]};
+#pragma unroll
+            for (int s = 0; s < kSets; ++s) ptx::mma_u8s8(sums[s][pair], a, query.b[s][w][j], query.b[s][w][j + 1], w + j > 0);
+          }
+        }
+      }
+      float scales[4];
+      load_scales(stage + kKeyBytes + kValueBytes, tile, g, scales);
+#pragma unroll
+      for (int s = 0; s < kSets; ++s) {
+#pragma unroll
+        for (int r = 0; r < 4; ++r) {
+          const int integer = sums[s][r / 2][r % 2 * 2] * 256 + sums[s][r / 2][r % 2 * 2 + 1];
+          scores[s][tile][r] = fmaf(static_cast<float>(integer), query.step[s], query.offset[s]) * scales[r];
+        }
+      }
+    }
+  }
+
+  /// Takes tokens out that are not attended.
+  static __device__ __forceinline__ void mask(const UnitAt& at, float (&scores)[kSets][kTiles][4]) {
+    if (at.masks == nullptr && at.tokens >= kPageTokens) return;
+    const int g = static_cast<int>(threadIdx.x) % kWarp / 4;
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+      const int first = 32 * tile + 4 * g;
+      const int there = at.tokens - first;
+      unsigned attended = there >= 4 ? 15U : there <= 0 ? 0U : (1U << there) - 1;
+      if (at.masks != nullptr) attended &= static_cast<unsigned>(at.masks[first / 16]) >> first % 16;
+#pragma unroll
+      for (int r = 0; r < 4; ++r) {
+        if ((attended >> r & 1U) != 0) continue;
+#pragma unroll
+        for (int s = 0; s < kSets; ++s) scores[s][tile][r] = -INFINITY;
+      }
+    }
+  }
+
+  // Weights on their way from the lanes of their tokens to those of their columns: groups of four tokens, [group][8 columns] words.
+  static __device__ __forceinline__ int weight_place(int group, int column) { return group * 8 + group / 4 * 8 + column; }
+
+  /// What weights are multiplied by before they are rounded: largest weight 16256 = 127 * 128.
+  static constexpr float kLargestWeight = 16256.0F;
+
+  static __device__ __forceinline__ void attend(std::byte* stage, const UnitAt& at, const Query& query, State& state) {
+    const int lane = static_cast<int>(threadIdx.x) % kWarp;
+    const int g = lane / 4;
+    const int t = lane % 4;
+    float scores[kSets][kTiles][4];
+    score(stage, query, scores);
+    mask(at, scores);
+
+    float keep[kSets];
+    float step[kSets];
+    float scales[kTiles][4];
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) load_scales(stage + kKeyBytes + kValueBytes + 2 * kPageTokens, tile, g, scales[tile]);
+    __syncwarp();  // the keys have been read
+    auto* const weights = reinterpret_cast<uint32_t*>(stage + kWeightsAt);
+#pragma unroll
+    for (int s = 0; s < kSets; ++s) {
+      float top = -INFINITY;
+#pragma unroll
+      for (int tile = 0; tile < kTiles; ++tile) {
+#pragma unroll
+        for (int r = 0; r < 4; ++r) top = fmaxf(top, scores[s][tile][r]);
+      }
+      top = fmaxf(state.max[s], kernels::max_over_rows(top));
+      const float base = top == -INFINITY ? 0.0F : top;
+      keep[s] = ptx::exp2_approximate(state.max[s] - base);
+      state.max[s] = top;
+      float sum = 0;
+      float largest = 0;
+#pragma unroll
+      for (int tile = 0; tile < kTiles; ++tile) {
+#pragma unroll
+        for (int r = 0; r < 4; ++r) {
+          const float probability = ptx::exp2_approximate(scores[s][tile][r] - base);
+          sum += probability;
+          scores[s][tile][r] = probability * scales[tile][r];
+          largest = fmaxf(largest, scores[s][tile][r]);
+        }
+      }
+      state.sum[s] = fmaf(state.sum[s], keep[s], sum);
+      largest = kernels::max_over_rows(largest);
+      const float inverse = largest > 1e-30F ? kLargestWeight / largest : 0.0F;
+      step[s] = largest * (1.0F / kLargestWeight);
+      // Groups of codes that stand two bits up want a quarter.
+      const float factor = divisor<kValueBits>(g) == 4 ? 0.25F * inverse : inverse;
+#pragma unroll
+      for (int tile = 0; tile < kTiles; ++tile) {
+        uint32_t integers[4];
+        // Adding 1.5 * 2^23 rounds to an integer and leaves it in the lowest bits.
+#pragma unroll
+        for (int r = 0; r < 4; ++r) integers[r] = __float_as_uint(fmaf(scores[s][tile][r], factor, 12582912.0F));
+        const uint32_t low = __byte_perm(integers[0], integers[1], 0x5410);
+        const uint32_t high = __byte_perm(integers[2], integers[3], 0x5410);
+        uint2 columns;  // bits 7 to 13 of the four, then bits 0 to 6
+        columns.x = __byte_perm(low << 1, high << 1, 0x7531);
+        columns.y = __byte_perm(low, high, 0x6420) & 0x7f7f7f7fU;
+        *reinterpret_cast<uint2*>(weights + s * kWeightWords + weight_place(8 * tile + g, 2 * t)) = columns;
+      }
+    }
+    __syncwarp();
+    add_values(stage, keep, step, state);
+  }
+
+  static __device__ __forceinline__ void add_values(const std::byte* stage, const float (&keep)[kSets], const float (&step)[kSets],
+                                                    State& state) {
+    const int lane = static_cast<int>(threadIdx.x) % kWarp;
+    const int g = lane / 4;
+    const int t = lane % 4;
+    const auto* const weights = reinterpret_cast<const uint32_t*>(stage + kWeightsAt);
+    constexpr int kHalves = kPageTokens / 64;
+    // Column g: four tokens of block 4 half + t each.
+    uint32_t b[kSets][kHalves][4];
+    float scale[kSets];   // twice the step, for code values
+    float offset[kSets];  // of code values, times the sum of weights
+#pragma unroll
+    for (int s = 0; s < kSets; ++s) {
+      int sums[4];
+#pragma unroll
+      for (int half = 0; half < kHalves; ++half) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) b[s][half][j] = weights[s * kWeightWords + weight_place(16 * half + 4 * t + j, g)];
+        constexpr uint32_t kOnes = 0x01010101U;
+        const uint32_t ones[4] = {kOnes, kOnes, divisor<kValueBits>(1) * kOnes, divisor<kValueBits>(1) * kOnes};
+        ptx::mma_u8s8(sums, ones, b[s][half][0], b[s][half][1], half > 0);
+        ptx::mma_u8s8(sums, ones, b[s][half][2], b[s][half][3], true);
+      }
+      scale[s] = 2.0F * step[s];
+      offset[s] = -static_cast<float>((1 << kValueBits) - 1) * step[s] * static_cast<float>(sums[0] * 128 + sums[1]);
+    }
+    // Rows of block t; those of block 4 half + t lie kHalfRows further, and so does the turn of their pieces.
+    constexpr int kHalfRows = kValueBits == 4 ? 8 : kValueBits == 3 ? 6 : 4;
+    const std::byte* const values = stage + kKeyBytes;
+    const std::byte* const low_at = values + 16 * value_place(kValueBits == 4 ? 2 * t : kValueBits == 3 ? t + t / 2 : t, g);
+#pragma unroll
+    for (int c = 0; c < kHeadDim / 32; ++c) {
+      int sums[kSets][2][4];
+#pragma unroll
+      for (int half = 0; half < kHalves; ++half) {
+        uint4 words = piece_at(low_at + 16 * (half * kHalfRows * kValueRow + 8 * c));
+        uint4 high = words;
+        if constexpr (kValueBits == 3) {
+          high = piece_at(values + 16 * (value_place(half * kHalfRows + t / 2 * 3 + 2, g) + 8 * c));
+          const int shift = t % 2 * 4;
+          high.x >>= shift, high.y >>= shift, high.z >>= shift, high.w >>= shift;
+        }
+#pragma unroll
+        for (int word = 0; word < 4 / kGroups<kValueBits>; ++word) {
+          if (word > 0) words = piece_at(low_at + 16 * ((half * kHalfRows + word) * kValueRow + 8 * c));
+          uint32_t codes[4][kGroups<kValueBits>];
+          split<kValueBits>(words.x, high.x, codes[0]);
+          split<kValueBits>(words.y, high.y, codes[1]);
+          split<kValueBits>(words.z, high.z, codes[2]);
+          split<kValueBits>(words.w, high.w, codes[3]);
+#pragma unroll
+          for (int j = 0; j < kGroups<kValueBits>; j += 2) {
+            const int group = word * kGroups<kValueBits> + j;
+#pragma unroll
+            for (int pair = 0; pair < 2; ++pair) {
+              const uint32_t a[4] = {codes[2 * pair][j], codes[2 * pair + 1][j], codes[2 * pair][j + 1], codes[2 * pair + 1][j + 1]};
+#pragma unroll
+              for (int s = 0; s < kSets; ++s) ptx::mma_u8s8(sums[s][pair], a, b[s][half][group], b[s][half][group + 1], half + group > 0);
+            }
+          }
+        }
+      }
+#pragma unroll
+      for (int s = 0; s < kSets; ++s) {
+#pragma unroll
+        for (int r = 0; r < 4; ++r) {
+          const int integer = sums[s][r / 2][r % 2 * 2] * 128 + sums[s][r / 2][r % 2 * 2 + 1];
+          float& out = state.out[s][4 * c + r];
+          out = fmaf(static_cast<float>(integer), scale[s], fmaf(out, keep[s], offset[s]));
+        }
+      }
+    }
+  }
+
+  static __device__ __forceinline__ void write_out(const State& state, float* to) {
+    const int lane = static_cast<int>(threadIdx.x) % kWarp;
+    const int g = lane / 4;
+    const int t = lane % 4;
+#pragma unroll
+    for (int s = 0; s < kSets; ++s) {
+#pragma unroll
+      for (int c = 0; c < kHeadDim / 32; ++c) {
+        const float* const out = state.out[s] + 4 * c;
+        *reinterpret_cast<float4*>(to + (4 * s + t) * kHeadDim + 32 * c + 4 * g) = make_float4(out[0], out[1], out[2], out[3]);
+      }
+    }
+  }
+};
+
+}  // namespace rotunda::kv::house

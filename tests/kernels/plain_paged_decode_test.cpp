@@ -1,0 +1,53 @@
+// The GPU's decode attention over 16-bit pages, its kernel run on the CPU by an emulation of warps (tests/cuda_emulation).
+
+#include <gtest/gtest.h>
+
+#include "kernels/attention/plain_block.cuh"
+#include "kernels/paged_decode_case.h"
+
+namespace rotunda::kernels {
+namespace {
+
+using testing::PagedCase;
+
+template <typename T, int kHeadDim, int kSets, int kWarps, int kStages>
+using Kernel = PagedDecodeKernel<PlainBlock<T, kHeadDim, kSets, true, PagedCase::kPageTokens>,
+                                 PlainBlock<__half, kHeadDim, kSets, false, PagedCase::kPageTokens>, kHeadDim, kSets, kWarps, kStages,
+                                 PagedCase::kPageTokens>;
+
+// Queries and probabilities enter as two 16-bit numbers each: 16 bits of mantissa with bf16, 22 with fp16; sums are in fp32.
+template <typename Kernel>
+void expect_reference(ElementType type, const PagedCase::Shape& shape, int blocks) {
+  const PlainPageLayout layout{type, shape.n_kv_heads, shape.head_dim, PagedCase::kPageTokens / 16};
+  PagedCase test(shape, layout.page_bytes(), 16, 11, [&](std::byte* page, std::mt19937& random) {
+    std::normal_distribution<float> normal;
+    for (int64_t i = 0; i < layout.page_bytes() / 2; ++i) {
+      const float x = normal(random);
+      const uint16_t bits = type == ElementType::kBf16 ? to_bfloat16(x).bits : to_half(x).bits;
+      std::memcpy(page + 2 * i, &bits, 2);
+    }
+  });
+  const auto expected = test.expected([&](const PageRun& run, int head, const float* q, const SoftmaxState& state) {
+    decode_plain_ref({layout, run, head, shape.n_q, q, state});
+  });
+  EXPECT_LT(PagedCase::relative_error(testing::run_emulated<Kernel>(test, blocks), expected), type == ElementType::kBf16 ? 1e-5 : 2e-6);
+}
+
+TEST(PlainPagedDecodeTest, Bf16) {
+  expect_reference<Kernel<__nv_bfloat16, 128, 1, 4, 3>>(ElementType::kBf16, {.lens = {300, 77, 1}, .exact_blocks = 0}, 2);
+}
+TEST(PlainPagedDecodeTest, SixHeadsMaskedWithExactTokens) {
+  expect_reference<Kernel<__half, 64, 2, 2, 2>>(
+      ElementType::kFp16, {.lens = {130, 77, 1}, .n_q = 6, .head_dim = 64, .exact_blocks = 2, .masked = true}, 3);
+}
+TEST(PlainPagedDecodeTest, WideHead) {
+  expect_reference<Kernel<__half, 256, 1, 2, 2>>(ElementType::kFp16,
+                                                 {.lens = {100, 16}, .n_kv_heads = 1, .n_q = 1, .head_dim = 256, .exact_blocks = 0}, 2);
+}
+// More warps than units, and sequences that have nothing in pages.
+TEST(PlainPagedDecodeTest, FewUnits) {
+  expect_reference<Kernel<__half, 64, 1, 2, 2>>(ElementType::kFp16, {.lens = {20, 0, 0}, .n_q = 3, .head_dim = 64}, 9);
+}
+
+}  // namespace
+}  // namespace rotunda::kernels
