@@ -32,6 +32,25 @@ function(rotunda_add_library room)
   endif()
 endfunction()
 
+# rotunda_add_cuda_library(<room> SOURCES <files...> [PUBLIC <targets...>])
+# Kernels of a room for GPUs, torch-free: rotunda_<room>. Target cuda_kernels builds all such libraries.
+function(rotunda_add_cuda_library room)
+  if(NOT ROTUNDA_CUDA)
+    return()
+  endif()
+  cmake_parse_arguments(ARG "" "" "SOURCES;PUBLIC" ${ARGN})
+  add_library(rotunda_${room} STATIC ${ARG_SOURCES})
+  add_library(rotunda::${room} ALIAS rotunda_${room})
+  target_include_directories(rotunda_${room} PUBLIC "${PROJECT_SOURCE_DIR}/src")
+  # Line numbers for profilers and compute-sanitizer cost nothing at run time.
+  target_compile_options(rotunda_${room} PRIVATE -lineinfo --expt-relaxed-constexpr -Werror=all-warnings -Xcompiler=-Wall,-Wextra)
+  target_link_libraries(rotunda_${room} PUBLIC ${ARG_PUBLIC} CUDA::cudart)
+  if(NOT TARGET cuda_kernels)
+    add_custom_target(cuda_kernels)
+  endif()
+  add_dependencies(cuda_kernels rotunda_${room})
+endfunction()
+
 # ATen's headers cost seconds per source; one precompiled header per build pays them once.
 function(_rotunda_use_torch_pch target)
   if(NOT TARGET rotunda_torch_pch)
@@ -103,6 +122,9 @@ endfunction()
 function(rotunda_check_all_tests_listed directory)
   get_property(listed GLOBAL PROPERTY ROTUNDA_TEST_SOURCES)
   file(GLOB_RECURSE found CONFIGURE_DEPENDS "${directory}/*_test.cpp")
+  if(NOT ROTUNDA_CUDA)
+    list(FILTER found EXCLUDE REGEX "_gpu_test\\.cpp$")
+  endif()
   foreach(source IN LISTS found)
     if(NOT source IN_LIST listed)
       message(FATAL_ERROR "${source} is in no rotunda_add_test: list it in the CMakeLists.txt beside it")
@@ -159,11 +181,15 @@ endfunction()
 # rotunda_check_headers_self_contained(LINK <targets...>)
 # Compiles every header below src/ alone: target headers_self_contained, an OBJECT library of one source per header. Without the
 # precompiled header, which would lend a header what it forgot to include (and saves nothing over narrow includes: 1.5 s
-# against 2.0 s for ops/rope.h). `*-inl.h` (Highway, included once per instruction set) is left out.
+# against 2.0 s for ops/rope.h). `*-inl.h` (Highway, included once per instruction set) is left out, and, in a build without CUDA,
+# `*_cuda.h`, which include the toolkit's.
 function(rotunda_check_headers_self_contained)
   cmake_parse_arguments(ARG "" "" "LINK" ${ARGN})
   file(GLOB_RECURSE headers CONFIGURE_DEPENDS RELATIVE "${PROJECT_SOURCE_DIR}/src" "${PROJECT_SOURCE_DIR}/src/*.h")
   list(FILTER headers EXCLUDE REGEX "-inl\\.h$")
+  if(NOT ROTUNDA_CUDA)
+    list(FILTER headers EXCLUDE REGEX "_cuda\\.h$")
+  endif()
   set(sources "")
   foreach(header IN LISTS headers)
     string(REPLACE "/" "__" stem "${header}")

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # test.sh JOBS: builds and runs every test. In order: optimized (cpu-release), under AddressSanitizer and UndefinedBehaviorSanitizer
-# (cpu-debug), a short fuzz run where clang is installed. Stops at the first part that fails. The last line is ctest's own
-# summary of the optimized run.
+# (cpu-debug), the CUDA half compiled where the toolkit is installed, a short fuzz run where clang is. Stops at the first part that
+# fails. The last line is ctest's own summary of the optimized run.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export PATH="$PWD/.venv/bin:$PATH"
@@ -26,6 +26,14 @@ for preset in cpu-release cpu-debug; do
   run_ctest "$preset"
   part_done "$preset tested"
 done
+
+echo "== cuda: compile"
+if command -v nvcc > /dev/null || [[ -n ${CUDACXX:-} || -x /usr/local/cuda/bin/nvcc ]]; then
+  scripts/build.sh cuda-compile "$jobs" cuda_kernels
+  part_done "cuda-compile built"
+else
+  echo "-- cuda skipped: no nvcc on PATH or in /usr/local/cuda, and CUDACXX is not set"
+fi
 
 echo "== fuzz: ${smoke_seconds} s per target"
 if reason=$(scripts/fuzz.sh --unavailable-reason); then

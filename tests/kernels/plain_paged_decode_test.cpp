@@ -3,7 +3,7 @@
 #include <gtest/gtest.h>
 
 #include "kernels/attention/plain_block.cuh"
-#include "kernels/paged_decode_case.h"
+#include "kernels/run_emulated.h"
 
 namespace rotunda::kernels {
 namespace {

@@ -12,36 +12,36 @@ namespace rotunda::kernels {
 /// sequences' lengths; what a warp finds for its share of a (sequence, kv head) is merged with the others' by whoever finishes last
 /// (flash-decoding's merge, without a second launch). Deterministic: parts are merged in the order of the units.
 struct PagedDecode {
-  int batch;
-  int n_kv_heads;
-  int n_q;       ///< query heads per kv head, 1 to 8
-  int head_dim;  ///< 64, 128 or 256
+  int batch = 0;
+  int n_kv_heads = 0;
+  int n_q = 0;       ///< query heads per kv head, 1 to 8
+  int head_dim = 0;  ///< 64, 128 or 256
 
   /// Queries after RoPE, times softmax scale and attention factor: [batch][n_kv_heads * n_q][head_dim] fp32, in the basis that
   /// keys have in pages, and in the one that they have in 16 bits.
-  const float* q_pages;
-  const float* q_exact;
+  const float* q_pages = nullptr;
+  const float* q_exact = nullptr;
 
-  const std::byte* pool;       ///< pages of page_bytes each
-  int64_t page_bytes;          ///< a multiple of 16
-  const int32_t* block_table;  ///< [batch][table_stride] numbers of pages in the pool
-  int table_stride;
-  const int32_t* stored_len;  ///< [batch] tokens in pages; a sequence has tokens there or exact_blocks is not 0
+  const std::byte* pool = nullptr;       ///< pages of page_bytes each
+  int64_t page_bytes = 0;                ///< a multiple of 16
+  const int32_t* block_table = nullptr;  ///< [batch][table_stride] numbers of pages in the pool
+  int table_stride = 0;
+  const int32_t* stored_len = nullptr;  ///< [batch] tokens in pages; a sequence has tokens there or exact_blocks is not 0
   /// [batch][table_stride][page_tokens / 16]: bit t of an entry says that token t of that block is attended. Null: all that are stored.
-  const uint16_t* page_masks;
+  const uint16_t* page_masks = nullptr;
 
   /// Tokens in 16 bits (fp16), blocks of 16 slots as in PlainPageLayout with blocks_per_page = exact_blocks: of each sequence
   /// exact_stride bytes from `exact` on. exact_blocks = 0: none.
-  const std::byte* exact;
-  int64_t exact_stride;
-  int exact_blocks;
-  const uint16_t* exact_masks;  ///< [batch][exact_blocks] as page_masks
+  const std::byte* exact = nullptr;
+  int64_t exact_stride = 0;
+  int exact_blocks = 0;
+  const uint16_t* exact_masks = nullptr;  ///< [batch][exact_blocks] as page_masks
 
   /// [batch + 1] units of the sequences before this one, of one kv head: see paged_decode_units.
-  const int32_t* units_before;
+  const int32_t* units_before = nullptr;
 
-  std::byte* workspace;  ///< paged_decode_workspace_bytes; zeroed once when it is allocated
-  float* out;            ///< [batch][n_kv_heads * n_q][head_dim]; values in the basis that they are stored in
+  std::byte* workspace = nullptr;  ///< paged_decode_workspace_bytes; zeroed once when it is allocated
+  float* out = nullptr;            ///< [batch][n_kv_heads * n_q][head_dim]; values in the basis that they are stored in
 };
 
 /// Units of one kv head of a sequence: pages in pieces of `unit_tokens`, then blocks of 16 exact slots.

@@ -15,10 +15,13 @@ struct PlainPages {
 
 template <typename T>
 cudaError_t dispatch_head_dim(PagedTask task, const PagedDecode& p, PagedDecodeGrid& grid, cudaStream_t stream) {
+  const auto run = [&]<int kHeadDim>() {
+    return dispatch_size<PlainPages<T, kHeadDim>::template Codec, kHeadDim, kStages>(task, p, grid, stream);
+  };
   switch (p.head_dim) {
-    case 64: return dispatch_size<PlainPages<T, 64>::template Codec, 64, kStages>(task, p, grid, stream);
-    case 128: return dispatch_size<PlainPages<T, 128>::template Codec, 128, kStages>(task, p, grid, stream);
-    case 256: return dispatch_size<PlainPages<T, 256>::template Codec, 256, kStages>(task, p, grid, stream);
+    case 64: return run.template operator()<64>();
+    case 128: return run.template operator()<128>();
+    case 256: return run.template operator()<256>();
     default: return cudaErrorInvalidValue;
   }
 }
