@@ -1,4 +1,4 @@
-# LibTorch as the PyPI wheel carries it, CPU half only: targets torch::cpu (libtorch_cpu and libc10).
+# LibTorch as the PyPI wheel carries it: target torch::cpu (libtorch_cpu and libc10), and with ROTUNDA_CUDA torch::cuda.
 # The wheel's own TorchConfig.cmake insists on a CUDA toolkit, which a CPU build does not have.
 #
 # Looks in ROTUNDA_TORCH_DIR, else in the project's .venv.
@@ -53,5 +53,13 @@ if(LibTorch_FOUND AND NOT TARGET torch::cpu)
   target_compile_options(torch::cpu INTERFACE $<$<CXX_COMPILER_ID:GNU>:-fopenmp>)
   target_link_libraries(torch::cpu INTERFACE torch::c10 Threads::Threads
     $<$<CXX_COMPILER_ID:GNU>:${LibTorch_GOMP_LIBRARY}>)
+endif()
+if(LibTorch_FOUND AND ROTUNDA_CUDA AND NOT TARGET torch::cuda)
+  add_library(torch::cuda INTERFACE IMPORTED)
+  # By name, since nothing refers to libtorch_cuda by symbol: it registers its kernels when it is loaded. What it needs in turn
+  # (cuBLAS, cuDNN, NCCL, ...) are wheels of their own, found where they lie at run time and not needed to link.
+  target_link_libraries(torch::cuda INTERFACE torch::cpu CUDA::cudart
+    -Wl,--no-as-needed "${_torch_dir}/lib/libtorch_cuda.so" -Wl,--as-needed "${_torch_dir}/lib/libc10_cuda.so"
+    -Wl,--allow-shlib-undefined)
 endif()
 mark_as_advanced(LibTorch_CPU_LIBRARY LibTorch_C10_LIBRARY LibTorch_GOMP_LIBRARY LibTorch_INCLUDE_DIR)

@@ -33,7 +33,7 @@ function(rotunda_add_library room)
 endfunction()
 
 # rotunda_add_cuda_library(<room> SOURCES <files...> [PUBLIC <targets...>])
-# Kernels of a room for GPUs, torch-free: rotunda_<room>. Target cuda_kernels builds all such libraries.
+# Kernels of a room for GPUs, torch-free: rotunda_<room>.
 function(rotunda_add_cuda_library room)
   if(NOT ROTUNDA_CUDA)
     return()
@@ -45,10 +45,15 @@ function(rotunda_add_cuda_library room)
   # Line numbers for profilers and compute-sanitizer cost nothing at run time.
   target_compile_options(rotunda_${room} PRIVATE -lineinfo --expt-relaxed-constexpr -Werror=all-warnings -Xcompiler=-Wall,-Wextra)
   target_link_libraries(rotunda_${room} PUBLIC ${ARG_PUBLIC} CUDA::cudart)
-  if(NOT TARGET cuda_kernels)
-    add_custom_target(cuda_kernels)
+  rotunda_add_to_cuda_half(rotunda_${room})
+endfunction()
+
+# Target cuda_half builds everything that needs the CUDA toolkit.
+function(rotunda_add_to_cuda_half target)
+  if(NOT TARGET cuda_half)
+    add_custom_target(cuda_half)
   endif()
-  add_dependencies(cuda_kernels rotunda_${room})
+  add_dependencies(cuda_half ${target})
 endfunction()
 
 # ATen's headers cost seconds per source; one precompiled header per build pays them once.
@@ -104,6 +109,9 @@ function(rotunda_add_test name)
   # COST: what may take longest starts first, so that no long test runs on alone at the end.
   set_tests_properties(${name} PROPERTIES
     LABELS "${ARG_LABELS}" TIMEOUT ${ARG_TIMEOUT} COST ${ARG_TIMEOUT} ENVIRONMENT "${environment}")
+  if("gpu" IN_LIST ARG_LABELS)
+    rotunda_add_to_cuda_half(${name})
+  endif()
   foreach(source IN LISTS ARG_SOURCES)
     cmake_path(ABSOLUTE_PATH source BASE_DIRECTORY "${CMAKE_CURRENT_SOURCE_DIR}" NORMALIZE)
     set_property(GLOBAL APPEND PROPERTY ROTUNDA_TEST_SOURCES "${source}")

@@ -29,7 +29,7 @@ done
 
 echo "== cuda: compile"
 if command -v nvcc > /dev/null || [[ -n ${CUDACXX:-} || -x /usr/local/cuda/bin/nvcc ]]; then
-  scripts/build.sh cuda-compile "$jobs" cuda_kernels
+  scripts/build.sh cuda-compile "$jobs" cuda_half
   part_done "cuda-compile built"
 else
   echo "-- cuda skipped: no nvcc on PATH or in /usr/local/cuda, and CUDACXX is not set"

@@ -1,0 +1,368 @@
+// Decode attention on a GPU: ours over 16-bit and rotunda pages against LibTorch's scaled dot product attention (every backend, the
+// fastest arrangement of each), in one run. Every kernel is checked against fp32 arithmetic first; times are medians of CUDA events with
+// L2 flushed before each. Prints a table; --json FILE writes everything.
+//
+//   attention_cuda [--repetitions 50] [--json FILE] [--shape NAME]...
+
+#include <ATen/ATen.h>
+#include <ATen/cuda/CUDAContext.h>
+#include <ATen/cuda/CUDAEvent.h>
+
+#include <c10/core/GradMode.h>
+
+#include <CLI/CLI.hpp>
+#include <algorithm>
+#include <cstdio>
+#include <fstream>
+#include <functional>
+#include <nlohmann/json.hpp>
+#include <string>
+#include <vector>
+
+#include "base/check.h"
+#include "cuda/read_bandwidth.h"
+#include "kernels/attention/plain_decode_cuda.h"
+#include "kv/house/kernels/house_decode_cuda.h"
+#include "kv/house/kernels/house_page.h"
+
+namespace rotunda::bench {
+namespace {
+
+using kernels::PagedDecode;
+using kernels::PagedDecodeGrid;
+using kv::house::HousePageLayout;
+
+struct Shape {
+  std::string name;
+  int64_t batch, kv_len, n_heads, n_kv_heads, head_dim;
+  int64_t rep() const { return n_heads / n_kv_heads; }
+};
+
+const std::vector<Shape>& shapes() {
+  static const std::vector<Shape> all = {
+      {"llama3-8b-8x32k", 8, 32768, 32, 8, 128}, {"llama3-8b-1x128k", 1, 131072, 32, 8, 128}, {"llama3-8b-64x4k", 64, 4096, 32, 8, 128},
+      {"llama2-13b-8x4k", 8, 4096, 40, 40, 128}, {"llama3-8b-1x4k", 1, 4096, 32, 8, 128},
+  };
+  return all;
+}
+
+constexpr int64_t kPageTokens = 128;
+constexpr int kExactBlocks = 6;  // a window of 64, and sinks
+
+void check(cudaError_t error, const char* what) { ROTUNDA_CHECK(error == cudaSuccess, what, ": ", cudaGetErrorString(error)); }
+
+at::TensorOptions on_gpu(at::ScalarType type) { return at::TensorOptions().device(at::kCUDA).dtype(type); }
+
+struct Time {
+  double median_ms, low_ms, high_ms;  // low, high: a tenth of the repetitions lies beyond
+};
+
+class Timer {
+ public:
+  explicit Timer(int repetitions) : repetitions_(repetitions), flush_(at::empty({int64_t{256} << 20}, on_gpu(at::kByte))) {}
+
+  Time operator()(const std::function<void()>& run) {
+    for (int i = 0; i < 3; ++i) run();
+    std::vector<double> times;
+    for (int i = 0; i < repetitions_; ++i) {
+      flush_.fill_(i);
+      at::cuda::CUDAEvent begin(cudaEventDefault), end(cudaEventDefault);
+      begin.record();
+      run();
+      end.record();
+      end.synchronize();
+      times.push_back(begin.elapsed_time(end));
+    }
+    std::sort(times.begin(), times.end());
+    return {times[times.size() / 2], times[times.size() / 10], times[times.size() - 1 - times.size() / 10]};
+  }
+
+ private:
+  int repetitions_;
+  at::Tensor flush_;
+};
+
+// ---- the cases -------------------------------------------------------------------------------------------------------
+
+/// What all kernels of one shape read: keys and values [batch, n_kv_heads, kv_len, head_dim] bf16, queries with softmax scale.
+struct Inputs {
+  Shape shape;
+  at::Tensor q, k, v;
+
+  explicit Inputs(const Shape& of) : shape(of) {
+    at::manual_seed(1);
+    q = at::randn({shape.batch, shape.n_heads, 1, shape.head_dim}, on_gpu(at::kFloat));
+    k = at::randn({shape.batch, shape.n_kv_heads, shape.kv_len, shape.head_dim}, on_gpu(at::kBFloat16));
+    v = at::randn({shape.batch, shape.n_kv_heads, shape.kv_len, shape.head_dim}, on_gpu(at::kBFloat16));
+  }
+};
+
+/// Attention of the first sequence in fp32. @param k, v [n_kv_heads, T, head_dim] fp32  @param q [n_heads, head_dim], scale in
+at::Tensor exact_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v) {
+  const at::Tensor heads = q.view({k.size(0), -1, k.size(2)});
+  return at::bmm(at::bmm(heads, k.transpose(1, 2)).softmax(-1), v).flatten(0, 1);
+}
+
+/// Ours, ready to launch. Owns what the kernels read.
+class Paged {
+ public:
+  /// @param pool [n_pages, page_bytes] bytes, pages of a sequence one after the other
+  Paged(const Inputs& in, at::Tensor pool, int unit_tokens, int exact_blocks) : in_(in), pool_(std::move(pool)) {
+    const Shape& s = in.shape;
+    const int64_t pages = s.kv_len / kPageTokens;
+    // Pages of a sequence lie anywhere in a real pool.
+    const at::Tensor order = at::randperm(s.batch * pages, on_gpu(at::kLong));
+    at::Tensor shuffled = at::empty_like(pool_);
+    shuffled.index_copy_(0, order, pool_);
+    pool_ = shuffled;
+    table_ = order.to(at::kInt).view({s.batch, pages});
+    stored_ = at::full({s.batch}, s.kv_len, on_gpu(at::kInt));
+    q_ = (in.q * (1.0 / std::sqrt(static_cast<double>(s.head_dim)))).contiguous();
+    exact_ = at::randn({s.batch, 2, s.n_kv_heads, std::max(exact_blocks, 1) * 16 * s.head_dim}, on_gpu(at::kHalf));
+    exact_masks_ = at::full({s.batch, std::max(exact_blocks, 1)}, -1, on_gpu(at::kShort));
+    units_ = at::arange(s.batch + 1, on_gpu(at::kInt)) * kernels::paged_decode_units(s.kv_len, unit_tokens, exact_blocks);
+    out_ = at::full({s.batch, s.n_heads, s.head_dim}, NAN, on_gpu(at::kFloat));
+    p_.batch = static_cast<int>(s.batch);
+    p_.n_kv_heads = static_cast<int>(s.n_kv_heads);
+    p_.n_q = static_cast<int>(s.rep());
+    p_.head_dim = static_cast<int>(s.head_dim);
+    p_.q_pages = p_.q_exact = q_.const_data_ptr<float>();
+    p_.pool = static_cast<const std::byte*>(pool_.const_data_ptr());
+    p_.page_bytes = pool_.size(1);
+    p_.block_table = table_.const_data_ptr<int32_t>();
+    p_.table_stride = static_cast<int>(pages);
+    p_.stored_len = stored_.const_data_ptr<int32_t>();
+    p_.exact = static_cast<const std::byte*>(exact_.const_data_ptr());
+    p_.exact_stride = exact_.stride(0) * 2;
+    p_.exact_blocks = exact_blocks;
+    p_.exact_masks = reinterpret_cast<const uint16_t*>(exact_masks_.const_data_ptr<int16_t>());
+    p_.units_before = units_.const_data_ptr<int32_t>();
+    p_.out = out_.mutable_data_ptr<float>();
+  }
+
+  PagedDecode& params() { return p_; }
+  void allocate_workspace(const PagedDecodeGrid& grid) {
+    workspace_ = at::zeros({kernels::paged_decode_workspace_bytes(grid, p_.batch, p_.n_kv_heads, p_.n_q, p_.head_dim)}, on_gpu(at::kByte));
+    p_.workspace = static_cast<std::byte*>(workspace_.mutable_data_ptr());
+  }
+  /// [n_heads, head_dim] of the first sequence.
+  at::Tensor first_out() const { return out_[0]; }
+  at::Tensor first_q() const { return q_[0].squeeze(1); }
+  /// Pages of the first sequence in order, and its exact keys and values [n_kv_heads, tokens, head_dim] fp32.
+  at::Tensor first_pages() const { return pool_.index_select(0, table_[0].to(at::kLong)); }
+  std::pair<at::Tensor, at::Tensor> first_exact() const {
+    const Shape& s = in_.shape;
+    const at::Tensor keys = exact_[0][0].view({s.n_kv_heads, -1, s.head_dim, 16}).transpose(2, 3).reshape({s.n_kv_heads, -1, s.head_dim});
+    return {keys.to(at::kFloat), exact_[0][1].view({s.n_kv_heads, -1, s.head_dim}).to(at::kFloat)};
+  }
+  int64_t bytes() const { return pool_.numel() + p_.batch * int64_t{p_.exact_blocks} * 16 * 2 * 2 * p_.n_kv_heads * p_.head_dim; }
+
+ private:
+  const Inputs& in_;
+  at::Tensor pool_, table_, stored_, q_, exact_, exact_masks_, units_, out_, workspace_;
+  PagedDecode p_;
+};
+
+/// Pages as PlainPageLayout has them.
+at::Tensor plain_pool(const Inputs& in) {
+  const Shape& s = in.shape;
+  const int64_t pages = s.kv_len / kPageTokens;
+  const at::Tensor k = in.k.view({s.batch, s.n_kv_heads, pages, 8, 16, s.head_dim}).permute({0, 2, 1, 3, 5, 4}).reshape({s.batch * pages, -1});
+  const at::Tensor v = in.v.view({s.batch, s.n_kv_heads, pages, kPageTokens, s.head_dim}).permute({0, 2, 1, 3, 4}).reshape({s.batch * pages, -1});
+  return at::cat({k, v}, 1).view(at::kByte);
+}
+
+HousePageLayout house_layout(const Shape& s, int bits) {
+  return {bits, bits, static_cast<int>(s.n_kv_heads), static_cast<int>(s.head_dim), static_cast<int>(kPageTokens / 16)};
+}
+
+/// Pages of any codes with scales as a cache of normal numbers has them.
+at::Tensor house_pool(const Shape& s, int bits) {
+  const HousePageLayout l = house_layout(s, bits);
+  at::Tensor pool = at::randint(0, 256, {s.batch * s.kv_len / kPageTokens, s.n_kv_heads, l.head_bytes()}, on_gpu(at::kByte));
+  const int64_t codes = l.key_codes_bytes() + l.value_codes_bytes();
+  const double step = bits == 2 ? 0.5 : bits == 3 ? 0.28 : 0.16;
+  const at::Tensor scales = (at::rand({pool.size(0), s.n_kv_heads, 2 * kPageTokens}, on_gpu(at::kFloat)) * 0.2 + 0.9) * step;
+  pool.slice(2, codes, codes + 4 * kPageTokens).copy_(scales.to(at::kHalf).view(at::kByte));
+  return pool.view({pool.size(0), -1});
+}
+
+/// Keys or values [n_kv_heads, T, head_dim] fp32 of one sequence's 2-bit pages.
+at::Tensor house_decoded(const at::Tensor& pages, const Shape& s, bool keys) {
+  const HousePageLayout l = house_layout(s, 2);
+  const at::Tensor heads = pages.view({pages.size(0), s.n_kv_heads, l.head_bytes()});
+  const int64_t at = keys ? 0 : l.key_codes_bytes();
+  // Bytes of words: byte i of a word has elements 4 j + i at bits 2 j.
+  const at::Tensor bytes = heads.slice(2, at, at + l.key_codes_bytes()).reshape({pages.size(0), s.n_kv_heads, 8, -1, 4}).to(at::kInt);
+  std::vector<at::Tensor> groups;
+  for (int j = 0; j < 4; ++j) groups.push_back(at::bitwise_and(at::bitwise_right_shift(bytes, 2 * j), 3) * 2 - 3);
+  const at::Tensor elements = at::stack(groups, 4).flatten(4);  // [pages, heads, blocks, words, 16]
+  const at::Tensor tokens =
+      keys ? elements.view({pages.size(0), s.n_kv_heads, 8, -1, 16, 16}).permute({0, 1, 2, 4, 3, 5}).reshape({pages.size(0), s.n_kv_heads, kPageTokens, -1})
+           : elements.permute({0, 1, 2, 4, 3}).reshape({pages.size(0), s.n_kv_heads, kPageTokens, -1});
+  const int64_t scale_at = l.key_codes_bytes() + l.value_codes_bytes() + (keys ? 0 : 2 * kPageTokens);
+  const at::Tensor scale = heads.slice(2, scale_at, scale_at + 2 * kPageTokens).contiguous().view(at::kHalf).to(at::kFloat);
+  return (tokens.to(at::kFloat) * scale.unsqueeze(3)).transpose(0, 1).reshape({s.n_kv_heads, -1, s.head_dim});
+}
+
+double relative_error(const at::Tensor& out, const at::Tensor& expected) { return ((out - expected).norm() / expected.norm()).item<double>(); }
+
+// ---- LibTorch --------------------------------------------------------------------------------------------------------
+
+struct Backend {
+  const char* name;
+  bool flash, cudnn, efficient;
+};
+
+void choose(const Backend& backend) {
+  at::globalContext().setSDPUseFlash(backend.flash);
+  at::globalContext().setSDPUseCuDNN(backend.cudnn);
+  at::globalContext().setSDPUseMemEfficient(backend.efficient);
+  at::globalContext().setSDPUseMath(false);
+}
+
+// ---- the run ---------------------------------------------------------------------------------------------------------
+
+class Bench {
+ public:
+  Bench(int repetitions) : timer_(repetitions) {
+    const auto* properties = at::cuda::getCurrentDeviceProperties();
+    report_["device"] = properties->name;
+    report_["repetitions"] = repetitions;
+    const at::Tensor data = at::empty({int64_t{2} << 30}, on_gpu(at::kByte)).random_();
+    at::Tensor scratch = at::zeros({1}, on_gpu(at::kInt));
+    const Time time = timer_([&] {
+      check(read_bytes(data.const_data_ptr(), data.numel(), reinterpret_cast<uint32_t*>(scratch.mutable_data_ptr<int32_t>()),
+                       properties->multiProcessorCount, at::cuda::getCurrentCUDAStream()),
+            "read");
+    });
+    read_gb_s_ = static_cast<double>(data.numel()) / time.median_ms * 1e-6;
+    report_["plain_read_gb_s"] = read_gb_s_;
+    std::printf("%s, plain read %.0f GB/s\n", properties->name, read_gb_s_);
+  }
+
+  void run(const Shape& shape) {
+    std::printf("\n%s\n%-34s %9s %17s %8s %6s %9s\n", shape.name.c_str(), "", "ms", "(10 to 90 %)", "GB/s", "share", "error");
+    const Inputs in(shape);
+    torch_rows(in);
+    row_plain(in);
+    for (const int bits : {2, 3, 4}) row_house(in, bits);
+  }
+
+  const nlohmann::json& report() const { return report_; }
+
+ private:
+  void add(const Inputs& in, const std::string& name, int64_t bytes, double error, const std::function<void()>& launch) {
+    const Time time = timer_(launch);
+    const double gb_s = static_cast<double>(bytes) / time.median_ms * 1e-6;
+    std::printf("%-34s %9.4f (%7.4f %7.4f) %8.0f %5.0f%% %9.1e\n", name.c_str(), time.median_ms, time.low_ms, time.high_ms, gb_s,
+                100 * gb_s / read_gb_s_, error);
+    report_["rows"].push_back({{"shape", in.shape.name}, {"kernel", name}, {"median_ms", time.median_ms}, {"low_ms", time.low_ms},
+                               {"high_ms", time.high_ms}, {"gb_s", gb_s}, {"share_of_plain_read", gb_s / read_gb_s_},
+                               {"relative_error", error}});
+  }
+
+  void torch_rows(const Inputs& in) {
+    const Shape& s = in.shape;
+    const at::Tensor q = in.q.to(at::kBFloat16);
+    const at::Tensor packed_q = q.view({s.batch, s.n_kv_heads, s.rep(), s.head_dim});
+    const at::Tensor k_token_major = in.k.transpose(1, 2).contiguous().transpose(1, 2);
+    const at::Tensor v_token_major = in.v.transpose(1, 2).contiguous().transpose(1, 2);
+    const at::Tensor expected =
+        exact_attention(q[0].squeeze(1).to(at::kFloat) / std::sqrt(static_cast<double>(s.head_dim)), in.k[0].to(at::kFloat), in.v[0].to(at::kFloat));
+    const int64_t bytes = 2 * in.k.numel() * 2;
+    for (const Backend& backend : {Backend{"flash", true, false, false}, {"cudnn", false, true, false}, {"efficient", false, false, true}}) {
+      choose(backend);
+      for (const bool packed : {true, false}) {
+        if (packed && s.rep() == 1) continue;
+        for (const bool token_major : {false, true}) {
+          const at::Tensor& k = token_major ? k_token_major : in.k;
+          const at::Tensor& v = token_major ? v_token_major : in.v;
+          at::Tensor out;
+          const auto launch = [&] {
+            out = at::scaled_dot_product_attention(packed ? packed_q : q, k, v, {}, 0.0, false, std::nullopt, !packed && s.rep() > 1);
+          };
+          const std::string name = std::string("sdpa ") + backend.name + (packed ? " heads as queries" : " gqa") + (token_major ? ", token-major" : "");
+          try {
+            launch();
+          } catch (const c10::Error& error) {
+            std::printf("%-34s refused\n", name.c_str());
+            report_["rows"].push_back({{"shape", s.name}, {"kernel", name}, {"refused", error.what_without_backtrace()}});
+            continue;
+          }
+          add(in, name, bytes, relative_error(out[0].reshape({s.n_heads, s.head_dim}).to(at::kFloat), expected), launch);
+        }
+      }
+    }
+  }
+
+  void row_plain(const Inputs& in) {
+    Paged paged(in, plain_pool(in), kernels::kPlainUnitTokens, 0);
+    PagedDecodeGrid grid;
+    check(kernels::plain_decode_grid(paged.params(), kernels::ElementType::kBf16, &grid), "plain_decode_grid");
+    paged.allocate_workspace(grid);
+    const auto launch = [&] {
+      check(kernels::plain_decode_cuda(paged.params(), kernels::ElementType::kBf16, grid, at::cuda::getCurrentCUDAStream()), "plain_decode");
+    };
+    launch();
+    const double error =
+        relative_error(paged.first_out(), exact_attention(paged.first_q(), in.k[0].to(at::kFloat), in.v[0].to(at::kFloat)));
+    ROTUNDA_CHECK(error < 1e-4, "bf16: relative error ", error, ", expected less than 1e-4");
+    add(in, "ours bf16", paged.bytes(), error, launch);
+  }
+
+  void row_house(const Inputs& in, int bits) {
+    Paged paged(in, house_pool(in.shape, bits), kv::house::kHouseUnitTokens, kExactBlocks);
+    PagedDecodeGrid grid;
+    check(kv::house::house_decode_grid(paged.params(), bits, bits, &grid), "house_decode_grid");
+    paged.allocate_workspace(grid);
+    const auto launch = [&] {
+      check(kv::house::house_decode_cuda(paged.params(), bits, bits, grid, at::cuda::getCurrentCUDAStream()), "house_decode");
+    };
+    launch();
+    double error = std::nan("");  // 3 and 4 bits: by the unit tests alone
+    if (bits == 2) {
+      const auto [exact_k, exact_v] = paged.first_exact();
+      const at::Tensor pages = paged.first_pages();
+      error = relative_error(paged.first_out(), exact_attention(paged.first_q(), at::cat({house_decoded(pages, in.shape, true), exact_k}, 1),
+                                                                at::cat({house_decoded(pages, in.shape, false), exact_v}, 1)));
+      ROTUNDA_CHECK(error < 2e-3, "rotunda2: relative error ", error, ", expected less than 2e-3");
+    }
+    add(in, "ours rotunda" + std::to_string(bits), paged.bytes(), error, launch);
+  }
+
+  Timer timer_;
+  double read_gb_s_ = 0;
+  nlohmann::json report_;
+};
+
+int run(int argc, char** argv) {
+  CLI::App app("Decode attention on a GPU against LibTorch's");
+  int repetitions = 50;
+  std::string json;
+  std::vector<std::string> names;
+  app.add_option("--repetitions", repetitions)->check(CLI::Range(10, 10000));
+  app.add_option("--json", json, "file for the results");
+  app.add_option("--shape", names, "only these");
+  CLI11_PARSE(app, argc, argv);
+  for (const std::string& name : names)
+    ROTUNDA_CHECK(std::any_of(shapes().begin(), shapes().end(), [&](const Shape& s) { return s.name == name; }), "--shape ", name, " is unknown");
+  const c10::NoGradGuard no_grad;
+  Bench bench(repetitions);
+  for (const Shape& shape : shapes())
+    if (names.empty() || std::find(names.begin(), names.end(), shape.name) != names.end()) bench.run(shape);
+  if (!json.empty()) std::ofstream(json) << bench.report().dump(2) << "\n";
+  return 0;
+}
+
+}  // namespace
+}  // namespace rotunda::bench
+
+int main(int argc, char** argv) {
+  try {
+    return rotunda::bench::run(argc, argv);
+  } catch (const std::exception& error) {
+    std::fprintf(stderr, "attention_cuda: %s\n", error.what());
+    return 1;
+  }
+}
