@@ -90,11 +90,12 @@ struct PagedCase {
             shape.exact_blocks,
             exact_masks.data(),
             units_before.data(),
+            shift,
             workspace.get(),
             out.data()};
   }
 
-  /// Outputs by the scalar references. @param decode_pages (run, kv head, queries [n_q][head_dim], state)
+  /// Outputs by the scalar references. @param decode_pages (run, sequence, kv head, queries [n_q][head_dim], state)
   template <typename DecodePages>
   std::vector<float> expected(const DecodePages& decode_pages) const {
     std::vector<float> result;
@@ -112,7 +113,7 @@ struct PagedCase {
         std::vector<float> acc(static_cast<size_t>(shape.n_q) * d);
         const SoftmaxState state{max.data(), sum.data(), acc.data()};
         const size_t at = (seq * shape.n_kv_heads + head) * shape.n_q * d;
-        decode_pages(run, head, q_pages.data() + at, state);
+        decode_pages(run, static_cast<int>(seq), head, q_pages.data() + at, state);
         decode_plain_ref({exact_layout, exact_run, head, shape.n_q, q_exact.data() + at, state});
         for (size_t i = 0; i < acc.size(); ++i) result.push_back(sum[i / d] > 0 ? acc[i] / sum[i / d] : 0.0F);
       }
@@ -141,6 +142,7 @@ struct PagedCase {
   PlainPageLayout exact_layout;
   AlignedBytes exact;
   std::vector<float> q_pages, q_exact, out;
+  PagedShift shift;  ///< none, or what a test has put here
   AlignedBytes workspace;
 };
 

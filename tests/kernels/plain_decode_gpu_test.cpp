@@ -24,7 +24,7 @@ class PlainDecodeGpuTest : public ::testing::Test {
         std::memcpy(page + 2 * i, &bits, 2);
       }
     });
-    const auto expected = test.expected([&](const PageRun& run, int head, const float* q, const SoftmaxState& state) {
+    const auto expected = test.expected([&](const PageRun& run, int, int head, const float* q, const SoftmaxState& state) {
       decode_plain_ref({layout, run, head, shape.n_q, q, state});
     });
     PagedDecodeGrid grid;

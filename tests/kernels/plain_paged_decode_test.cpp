@@ -27,7 +27,7 @@ void expect_reference(ElementType type, const PagedCase::Shape& shape, int block
       std::memcpy(page + 2 * i, &bits, 2);
     }
   });
-  const auto expected = test.expected([&](const PageRun& run, int head, const float* q, const SoftmaxState& state) {
+  const auto expected = test.expected([&](const PageRun& run, int, int head, const float* q, const SoftmaxState& state) {
     decode_plain_ref({layout, run, head, shape.n_q, q, state});
   });
   EXPECT_LT(PagedCase::relative_error(testing::run_emulated<Kernel>(test, blocks), expected), type == ElementType::kBf16 ? 1e-5 : 2e-6);

@@ -11,7 +11,7 @@
 ///   Query                       what registers hold of the query of a (sequence, kv head)
 ///   load_query(p, seq, head)    -> Query
 ///   copy(p, stage, at)          starts the copies of one unit
-///   attend(stage, at, query, state)   takes one unit into the state; the stage is the codec's to scribble on
+///   attend(p, stage, at, query, state)   takes one unit into the state; the stage is the codec's to scribble on
 ///   write_out(state, to)        the state's outputs as [heads][head_dim]
 /// Every warp works for itself: a pipeline of kStages stages of its own, no barrier until its share is done.
 namespace rotunda::kernels {
@@ -55,6 +55,7 @@ __device__ __forceinline__ float sum_over_rows(float x) {
 struct UnitAt {
   const std::byte* bytes;  ///< of the page, or of the sequence's exact tokens
   int head;                ///< kv head
+  int page;                ///< within the sequence; of no meaning for exact tokens
   int piece;               ///< unit within the page, or block of exact slots
   int tokens;              ///< attended tokens are among the first so many of the unit
   const uint16_t* masks;   ///< of the unit's blocks, or null
@@ -93,7 +94,7 @@ class UnitCursor {
   __device__ UnitAt at() const {
     if (exact()) {
       const int block = unit_ - page_units();
-      return {p_.exact + seq_ * p_.exact_stride, head_, block, 16, p_.exact_masks + int64_t{seq_} * p_.exact_blocks + block};
+      return {p_.exact + seq_ * p_.exact_stride, head_, 0, block, 16, p_.exact_masks + int64_t{seq_} * p_.exact_blocks + block};
     }
     constexpr int kPieces = kPageTokens / kUnitTokens;
     const uint16_t* masks = nullptr;
@@ -101,7 +102,7 @@ class UnitCursor {
       masks = p_.page_masks + (int64_t{seq_} * p_.table_stride + unit_ / kPieces) * (kPageTokens / 16) +
               unit_ % kPieces * (kUnitTokens / 16);
     }
-    return {p_.pool + page_ * p_.page_bytes, head_, unit_ % kPieces, min(kUnitTokens, stored_ - unit_ * kUnitTokens), masks};
+    return {p_.pool + page_ * p_.page_bytes, head_, unit_ / kPieces, unit_ % kPieces, min(kUnitTokens, stored_ - unit_ * kUnitTokens), masks};
   }
 
   __device__ void advance(int n = 1) {
@@ -347,7 +348,7 @@ class PagedDecodeKernel {
         ptx::wait_copies<kStages - 2>();
         __syncwarp();  // everyone's copies are there, and everyone is done with the stage that is filled next
         copy_next(stage == 0 ? kStages - 1 : stage - 1);
-        Codec::attend(stages + stage * kStageBytes, here.at(), query, state);
+        Codec::attend(p, stages + stage * kStageBytes, here.at(), query, state);
         here.advance();
         stage = stage + 1 == kStages ? 0 : stage + 1;
       }

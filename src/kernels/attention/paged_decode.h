@@ -3,7 +3,23 @@
 #include <cstddef>
 #include <cstdint>
 
+struct float2;
+struct uint2;
+
 namespace rotunda::kernels {
+
+/// What the pages' scores get back of a constant that was taken off the keys before RoPE: for every RoPE pair i in question and position
+/// n, a_i cos(n w_i) + b_i sin(n w_i), with a and b of the query. Device memory.
+struct PagedShift {
+  int n_steps = 0;  ///< eight pairs each; 0: nothing was taken off
+  const uint16_t* pairs = nullptr;  ///< [n_kv_heads][8 n_steps]
+  /// [batch][n_kv_heads * n_q][8 n_steps] a and b, softmax scale in; 0 where a head has fewer pairs
+  const float2* ab = nullptr;
+  const float* norm = nullptr;  ///< [batch][n_kv_heads * n_q] at least sqrt(a^2 + b^2) of every pair; 0 only where all are 0
+  /// [head_dim / 2][page_tokens] cos(j w_i) and sin(j w_i) in fp16, then what fp16 leaves over of them in fp16
+  const uint2* token_table = nullptr;
+  const float2* page_table = nullptr;  ///< [pages of the longest sequence][head_dim / 2] cos and sin at the page's first position
+};
 
 /// Decode attention on a GPU: one new token of each of `batch` sequences over all tokens that its sequence has in pages, and over
 /// those that it has in 16 bits beside them, in one softmax. All pointers are to device memory.
@@ -39,6 +55,8 @@ struct PagedDecode {
 
   /// [batch + 1] units of the sequences before this one, of one kv head: see paged_decode_units.
   const int32_t* units_before = nullptr;
+
+  PagedShift shift = {};  ///< for codecs that know of it
 
   std::byte* workspace = nullptr;  ///< paged_decode_workspace_bytes; zeroed once when it is allocated
   float* out = nullptr;            ///< [batch][n_kv_heads * n_q][head_dim]; values in the basis that they are stored in

@@ -1,23 +1,9 @@
 #pragma once
 
 #include "kernels/attention/paged_decode.cuh"
+#include "kernels/cuda/sixteen_bit.cuh"
 
 namespace rotunda::kernels {
-
-template <typename T>
-struct SixteenBit;
-template <>
-struct SixteenBit<__half> {
-  static __device__ __forceinline__ __half round(float x) { return __float2half_rn(x); }
-  static __device__ __forceinline__ float widen(__half x) { return __half2float(x); }
-  static __device__ __forceinline__ uint32_t bits(__half x) { return __half_as_ushort(x); }
-};
-template <>
-struct SixteenBit<__nv_bfloat16> {
-  static __device__ __forceinline__ __nv_bfloat16 round(float x) { return __float2bfloat16_rn(x); }
-  static __device__ __forceinline__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
-  static __device__ __forceinline__ uint32_t bits(__nv_bfloat16 x) { return __bfloat16_as_ushort(x); }
-};
 
 /// Codec of a block of 16 tokens as PlainPageLayout has it: keys [head_dim][16], values [16][head_dim], both 16-bit floats of type T.
 /// Keys and values are the left operands of the tensor cores' products, transposed as they come out of shared memory, so that tokens
@@ -37,14 +23,6 @@ struct PlainBlock {
     uint32_t b[kSets][kSteps][2];
   };
 
-  /// Two floats as T, or what T leaves over of them.
-  static __device__ __forceinline__ uint32_t pack(float x, float y, bool rest) {
-    const T hx = Convert::round(x);
-    const T hy = Convert::round(y);
-    if (!rest) return Convert::bits(hx) | Convert::bits(hy) << 16;
-    return Convert::bits(Convert::round(x - Convert::widen(hx))) | Convert::bits(Convert::round(y - Convert::widen(hy))) << 16;
-  }
-
   static __device__ Query load_query(const PagedDecode& p, int seq, int head) {
     const int lane = static_cast<int>(threadIdx.x) % kWarp;
     const int g = lane / 4;
@@ -61,7 +39,7 @@ struct PlainBlock {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           const float2 x = *reinterpret_cast<const float2*>(q + 16 * k + 8 * half + 2 * t);
-          query.b[s][k][half] = pack(x.x * scale, x.y * scale, g % 2 != 0);
+          query.b[s][k][half] = pack_two<T>(x.x * scale, x.y * scale, g % 2 != 0);
         }
       }
     }
@@ -89,7 +67,7 @@ struct PlainBlock {
     }
   }
 
-  static __device__ __forceinline__ void attend(const std::byte* stage, const UnitAt& at, const Query& query, State& state) {
+  static __device__ __forceinline__ void attend(const PagedDecode&, const std::byte* stage, const UnitAt& at, const Query& query, State& state) {
     const int lane = static_cast<int>(threadIdx.x) % kWarp;
     const int g = lane / 4;
     const int matrix = lane / 8;

@@ -13,7 +13,7 @@ inline constexpr int kHouseUnitTokens = 128;
 /// @return cudaErrorInvalidValue for bits, a head_dim or n_q without a kernel
 cudaError_t house_decode_grid(const kernels::PagedDecode& shape, int key_bits, int value_bits, kernels::PagedDecodeGrid* grid);
 
-/// Decode attention over pages as in HousePageLayout, 8 blocks a page, without a shift. Queries enter with 13 bits and a sign (one step
+/// Decode attention over pages as in HousePageLayout, 8 blocks a page. Queries enter with 13 bits and a sign (one step
 /// per head), weights times value scales with 14 bits (one step per page and head), sums are exact in 32 bits, the softmax is fp32.
 /// Async on `stream`; allocates nothing.
 cudaError_t house_decode_cuda(const kernels::PagedDecode& params, int key_bits, int value_bits, const kernels::PagedDecodeGrid& grid,

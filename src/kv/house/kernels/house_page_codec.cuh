@@ -1,6 +1,7 @@
 #pragma once
 
 #include "kernels/attention/paged_decode.cuh"
+#include "kernels/cuda/sixteen_bit.cuh"
 #include "kv/house/kernels/house_page.h"
 
 namespace rotunda::kv::house {
@@ -83,6 +84,9 @@ struct HousePageCodec {
     uint32_t b[kSets][kKeyWords][kGroups<kKeyBits>];  ///< four channels of column g
     float step[kSets];                                ///< of head t: score of one unit of integer times code value, in log 2
     float offset[kSets];                              ///< what a code value's offset adds up to
+    const float2* ab[kSets];                          ///< shift of column g's head; null where there is none
+    float shift_inverse[kSets];                       ///< of column g's head: brings a and b below 1
+    float shift_scale[kSets];                         ///< of head t: takes it back, in log 2
   };
 
   static __device__ Query load_query(const PagedDecode& p, int seq, int head) {
@@ -137,6 +141,13 @@ struct HousePageCodec {
       query.step[s] = 0.5F * __shfl_sync(kAllLanes, step, 8 * t);
       query.offset[s] =
           -2.0F * ((1 << kKeyBits) - 1) * query.step[s] * static_cast<float>(__shfl_sync(kAllLanes, sum, 8 * t));
+      if (p.shift.n_steps > 0) {
+        const int64_t row = (int64_t{seq} * p.n_kv_heads + head) * p.n_q + h;
+        const float norm = there ? p.shift.norm[row] : 0.0F;
+        query.ab[s] = there ? p.shift.ab + row * p.shift.n_steps * 8 : nullptr;
+        query.shift_inverse[s] = norm > 0 ? 1.0F / norm : 0.0F;
+        query.shift_scale[s] = __shfl_sync(kAllLanes, norm, 8 * t) * kLog2e;
+      }
     }
     return query;
   }
@@ -188,7 +199,63 @@ struct HousePageCodec {
 
   static constexpr int kTiles = kPageTokens / 32;
 
-  /// Scores of the lane's tokens 32 tile + 4 g + r and head t, in log 2.
+  /// What the shift took away from the scores: a product of a table of turns [tokens][cos and sin of 8 pairs] and the query's a and b, turned by
+  /// the page's first position. Both in fp16 twice, the number and what is left over: 22 bits.
+  static __device__ __forceinline__ void shift_scores(const PagedDecode& p, const UnitAt& at, const Query& query,
+                                                   float (&scores)[kSets][kTiles][4]) {
+    const int lane = static_cast<int>(threadIdx.x) % kWarp;
+    const int g = lane / 4;
+    const int t = lane % 4;
+    const uint16_t* const pairs = p.shift.pairs + at.head * p.shift.n_steps * 8;
+    const float2* const turns = p.shift.page_table + int64_t{at.page} * (kHeadDim / 2);
+    float sums[kSets][kTiles][2][4] = {};
+    for (int step = 0; step < p.shift.n_steps; ++step) {
+      uint32_t b[kSets][2];
+      const uint2* rows[2];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int pair = pairs[8 * step + 4 * i + t];
+        rows[i] = p.shift.token_table + pair * kPageTokens + 4 * g;
+        const float2 turn = turns[pair];
+#pragma unroll
+        for (int s = 0; s < kSets; ++s) {
+          const float2 ab = query.ab[s] == nullptr ? make_float2(0, 0) : query.ab[s][8 * step + 4 * i + t];
+          const float turned_a = (ab.x * turn.x + ab.y * turn.y) * query.shift_inverse[s];
+          const float turned_b = (ab.y * turn.x - ab.x * turn.y) * query.shift_inverse[s];
+          b[s][i] = kernels::pack_two<__half>(turned_a, turned_b, g % 2 != 0);
+        }
+      }
+#pragma unroll
+      for (int tile = 0; tile < kTiles; ++tile) {
+#pragma unroll
+        for (int pair = 0; pair < 2; ++pair) {
+          // Tokens 4 g + 2 pair and the next: number and rest of each.
+          const uint4 first = *reinterpret_cast<const uint4*>(rows[0] + 32 * tile + 2 * pair);
+          const uint4 second = *reinterpret_cast<const uint4*>(rows[1] + 32 * tile + 2 * pair);
+          const uint32_t numbers[4] = {first.x, first.z, second.x, second.z};
+          const uint32_t rests[4] = {first.y, first.w, second.y, second.w};
+#pragma unroll
+          for (int s = 0; s < kSets; ++s) {
+            ptx::mma(sums[s][tile][pair], numbers, b[s][0], b[s][1], __half());
+            ptx::mma(sums[s][tile][pair], rests, b[s][0], b[s][1], __half());
+          }
+        }
+      }
+    }
+#pragma unroll
+    for (int s = 0; s < kSets; ++s) {
+#pragma unroll
+      for (int tile = 0; tile < kTiles; ++tile) {
+#pragma unroll
+        for (int r = 0; r < 4; ++r) {
+          const float(&sum)[4] = sums[s][tile][r / 2];
+          scores[s][tile][r] = (sum[r % 2 * 2] + sum[r % 2 * 2 + 1]) * query.shift_scale[s];
+        }
+      }
+    }
+  }
+
+  /// Adds the scores of the lane's tokens 32 tile + 4 g + r and head t, in log 2.
   static __device__ __forceinline__ void score(const std::byte* stage, const Query& query, float (&scores)[kSets][kTiles][4]) {
     const int lane = static_cast<int>(threadIdx.x) % kWarp;
     const int g = lane / 4;
@@ -232,7 +299,7 @@ struct HousePageCodec {
 #pragma unroll
         for (int r = 0; r < 4; ++r) {
           const int integer = sums[s][r / 2][r % 2 * 2] * 256 + sums[s][r / 2][r % 2 * 2 + 1];
-          scores[s][tile][r] = fmaf(static_cast<float>(integer), query.step[s], query.offset[s]) * scales[r];
+          scores[s][tile][r] = fmaf(fmaf(static_cast<float>(integer), query.step[s], query.offset[s]), scales[r], scores[s][tile][r]);
         }
       }
     }
@@ -263,11 +330,13 @@ struct HousePageCodec {
   /// What weights are multiplied by before they are rounded: largest weight 16256 = 127 * 128.
   static constexpr float kLargestWeight = 16256.0F;
 
-  static __device__ __forceinline__ void attend(std::byte* stage, const UnitAt& at, const Query& query, State& state) {
+  static __device__ __forceinline__ void attend(const PagedDecode& p, std::byte* stage, const UnitAt& at, const Query& query, State& state) {
     const int lane = static_cast<int>(threadIdx.x) % kWarp;
     const int g = lane / 4;
     const int t = lane % 4;
-    float scores[kSets][kTiles][4];
+    float scores[kSets][kTiles][4] = {};
+    // First, while few registers are taken.
+    if (p.shift.n_steps > 0) shift_scores(p, at, query, scores);
     score(stage, query, scores);
     mask(at, scores);
 

@@ -15,14 +15,21 @@ class HouseDecodeGpuTest : public ::testing::Test {
  protected:
   void SetUp() override { ROTUNDA_SKIP_WITHOUT_GPU(); }
 
-  void expect_reference(int key_bits, int value_bits, const PagedCase::Shape& shape) {
+  void expect_reference(int key_bits, int value_bits, const PagedCase::Shape& shape, bool shifted = false) {
     const HousePageLayout layout{key_bits, value_bits, shape.n_kv_heads, shape.head_dim, PagedCase::kPageTokens / 16};
     PagedCase test = testing::house_case(shape, layout);
     kernels::PagedDecodeGrid grid;
     kernels::testing::check_cuda(house_decode_grid(test.params({1, 1}), key_bits, value_bits, &grid), "grid");
+    testing::ShiftCase shift(test);
+    using kernels::testing::OnGpu;
+    const OnGpu pairs(shift.pairs), ab(shift.ab), norm(shift.norm), token_table(shift.token_table), page_table(shift.page_table);
+    if (shifted) {
+      test.shift = {testing::ShiftCase::kSteps, pairs.as<uint16_t>(),  ab.as<float2>(),
+                    norm.as<float>(),           token_table.as<uint2>(), page_table.as<float2>()};
+    }
     const auto out = kernels::testing::run_on_gpu(
         test, grid, [&](const kernels::PagedDecode& p) { return house_decode_cuda(p, key_bits, value_bits, grid, nullptr); });
-    EXPECT_LT(PagedCase::relative_error(out, testing::house_expected(test, layout)), testing::kTolerance);
+    EXPECT_LT(PagedCase::relative_error(out, testing::house_expected(test, layout, shifted ? &shift : nullptr)), testing::kTolerance);
   }
 };
 
@@ -37,6 +44,10 @@ TEST_F(HouseDecodeGpuTest, EveryKernel) {
       }
     }
   }
+}
+TEST_F(HouseDecodeGpuTest, Shifted) {
+  expect_reference(2, 2, {.lens = {5000, 300}}, true);
+  expect_reference(4, 4, {.lens = {300}, .n_q = 6, .head_dim = 64, .masked = true}, true);
 }
 TEST_F(HouseDecodeGpuTest, LongAndShort) {
   expect_reference(2, 2, {.lens = {20000, 3, 128}, .n_kv_heads = 2, .exact_blocks = 6});

@@ -18,13 +18,15 @@ using Kernel = kernels::PagedDecodeKernel<HousePageCodec<kKeyBits, kValueBits, k
                                           kWarps, kStages, PagedCase::kPageTokens>;
 
 template <int kKeyBits, int kValueBits, int kHeadDim, int kSets, int kWarps, int kStages>
-void expect_reference(PagedCase::Shape shape, int blocks) {
+void expect_reference(PagedCase::Shape shape, int blocks, bool shifted = false) {
   shape.head_dim = kHeadDim;
   const HousePageLayout layout{kKeyBits, kValueBits, shape.n_kv_heads, kHeadDim, PagedCase::kPageTokens / 16};
   PagedCase test = testing::house_case(shape, layout);
+  testing::ShiftCase shift(test);
+  if (shifted) test.shift = shift.params();
   using Tested = Kernel<kKeyBits, kValueBits, kHeadDim, kSets, kWarps, kStages>;
   const auto out = kernels::testing::run_emulated<Tested>(test, blocks);
-  EXPECT_LT(PagedCase::relative_error(out, testing::house_expected(test, layout)), testing::kTolerance);
+  EXPECT_LT(PagedCase::relative_error(out, testing::house_expected(test, layout, shifted ? &shift : nullptr)), testing::kTolerance);
 }
 
 TEST(HousePagedDecodeTest, TwoBits) { expect_reference<2, 2, 128, 1, 4, 2>({.lens = {300, 1000, 128, 5}, .exact_blocks = 2}, 3); }
@@ -33,6 +35,10 @@ TEST(HousePagedDecodeTest, OneHeadNothingExact) {
   expect_reference<2, 2, 128, 1, 2, 2>({.lens = {1, 257, 2, 640}, .n_kv_heads = 3, .n_q = 1, .exact_blocks = 0}, 3);
 }
 TEST(HousePagedDecodeTest, SevenHeads) { expect_reference<2, 2, 128, 2, 2, 2>({.lens = {513}, .n_kv_heads = 1, .n_q = 7, .masked = true}, 2); }
+TEST(HousePagedDecodeTest, Shifted) {
+  expect_reference<2, 2, 128, 1, 2, 2>({.lens = {700, 300}}, 2, true);
+  expect_reference<4, 4, 64, 2, 2, 2>({.lens = {300}, .n_q = 6, .masked = true}, 2, true);
+}
 TEST(HousePagedDecodeTest, ThreeBits) { expect_reference<3, 3, 128, 1, 2, 2>({.lens = {300, 640}, .masked = true}, 3); }
 TEST(HousePagedDecodeTest, FourBits) { expect_reference<4, 4, 128, 1, 2, 2>({.lens = {300, 640}, .masked = true}, 3); }
 TEST(HousePagedDecodeTest, KeysAndValuesDiffer) {

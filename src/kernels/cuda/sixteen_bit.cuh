@@ -1,0 +1,36 @@
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+namespace rotunda::kernels {
+
+/// 16-bit floats by their names: rounding to nearest even, widening, bits.
+template <typename T>
+struct SixteenBit;
+template <>
+struct SixteenBit<__half> {
+  static __device__ __forceinline__ __half round(float x) { return __float2half_rn(x); }
+  static __device__ __forceinline__ float widen(__half x) { return __half2float(x); }
+  static __device__ __forceinline__ uint32_t bits(__half x) { return __half_as_ushort(x); }
+};
+template <>
+struct SixteenBit<__nv_bfloat16> {
+  static __device__ __forceinline__ __nv_bfloat16 round(float x) { return __float2bfloat16_rn(x); }
+  static __device__ __forceinline__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
+  static __device__ __forceinline__ uint32_t bits(__nv_bfloat16 x) { return __bfloat16_as_ushort(x); }
+};
+
+/// Two floats as T side by side, the first in the low half, or what T leaves over of them.
+template <typename T>
+__device__ __forceinline__ uint32_t pack_two(float x, float y, bool rest) {
+  using Convert = SixteenBit<T>;
+  const T rounded_x = Convert::round(x);
+  const T rounded_y = Convert::round(y);
+  if (!rest) return Convert::bits(rounded_x) | Convert::bits(rounded_y) << 16;
+  return Convert::bits(Convert::round(x - Convert::widen(rounded_x))) | Convert::bits(Convert::round(y - Convert::widen(rounded_y))) << 16;
+}
+
+}  // namespace rotunda::kernels
