@@ -3,6 +3,7 @@
 #include <cuda_runtime_api.h>
 
 #include "kernels/attention/paged_decode.h"
+#include "kv/house/kernels/house_shift_params.h"
 
 namespace rotunda::kv::house {
 
@@ -18,5 +19,8 @@ cudaError_t house_decode_grid(const kernels::PagedDecode& shape, int key_bits, i
 /// Async on `stream`; allocates nothing.
 cudaError_t house_decode_cuda(const kernels::PagedDecode& params, int key_bits, int value_bits, const kernels::PagedDecodeGrid& grid,
                               cudaStream_t stream);
+
+/// Makes PagedShift::ab and norm of the queries of a step, once a layer, before house_decode_cuda. Async on `stream`.
+cudaError_t house_shift_cuda(const ShiftOfQueries& params, cudaStream_t stream);
 
 }  // namespace rotunda::kv::house

@@ -6,6 +6,7 @@
 #include "kernels/run_emulated.h"
 #include "kv/house/kernels/house_page_codec.cuh"
 #include "kv/house/kernels/house_paged_case.h"
+#include "kv/house/kernels/house_shift.cuh"
 
 namespace rotunda::kv::house {
 namespace {
@@ -51,6 +52,42 @@ TEST(HousePagedDecodeTest, NarrowAndWideHeads) {
   expect_reference<2, 2, 64, 2, 2, 2>({.lens = {200}, .n_q = 8}, 3);
   expect_reference<2, 2, 256, 1, 2, 2>({.lens = {300}, .n_q = 2}, 3);
   expect_reference<3, 4, 256, 1, 2, 2>({.lens = {300}, .n_kv_heads = 1, .n_q = 2}, 3);
+}
+
+// a cos(n w) + b sin(n w) is q R_m . mu R_n for every pair, position and head.
+TEST(HousePagedDecodeTest, ShiftOfQueriesIsTheProductItStandsFor) {
+  constexpr int kHeadDim = 64, kHalf = kHeadDim / 2, kSteps = 2, kHeads = 2, kQ = 3;
+  std::mt19937 random(5);
+  std::normal_distribution<float> normal;
+  std::vector<float> q(2 * kHeads * kQ * kHeadDim), mu(kHeads * kHeadDim), norm(2 * kHeads * kQ, -1.0F);
+  for (auto* x : {&q, &mu})
+    for (float& element : *x) element = normal(random);
+  std::vector<uint16_t> pairs(kHeads * 8 * kSteps);
+  for (size_t i = 0; i < pairs.size(); ++i) pairs[i] = static_cast<uint16_t>(i * 7 % kHalf);
+  const std::vector<int32_t> n_pairs = {16, 9};
+  std::vector<float2> ab(2 * kHeads * kQ * 8 * kSteps, make_float2(NAN, NAN));
+  const ShiftOfQueries p{2, kHeads, kQ, kHeadDim, kSteps, q.data(), mu.data(), pairs.data(), n_pairs.data(), ab.data(), norm.data()};
+  emulation::launch(3, 4 * 32, [&] { shift_of_queries(p, 4); });
+  for (int row = 0; row < 2 * kHeads * kQ; ++row) {
+    const int head = row / kQ % kHeads;
+    for (int i = 0; i < 8 * kSteps; ++i) {
+      const float2 got = ab[row * 8 * kSteps + i];
+      if (i >= n_pairs[head]) {
+        EXPECT_EQ(got.x, 0.0F);
+        EXPECT_EQ(got.y, 0.0F);
+        continue;
+      }
+      EXPECT_LE(std::hypot(got.x, got.y), norm[row] * 1.000001F);
+      const int pair = pairs[head * 8 * kSteps + i];
+      const float* const query = q.data() + row * kHeadDim;
+      const float* const shift = mu.data() + head * kHeadDim;
+      for (const double angle : {0.0, 0.7, 2.9, 100.0}) {
+        const double turned = shift[pair] * std::cos(angle) - shift[pair + kHalf] * std::sin(angle);
+        const double turned_half = shift[pair + kHalf] * std::cos(angle) + shift[pair] * std::sin(angle);
+        EXPECT_NEAR(got.x * std::cos(angle) + got.y * std::sin(angle), query[pair] * turned + query[pair + kHalf] * turned_half, 1e-5);
+      }
+    }
+  }
 }
 
 }  // namespace
