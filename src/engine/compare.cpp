@@ -17,7 +17,8 @@ namespace {
 constexpr int64_t kDecodeSteps = 32;
 constexpr int64_t kPromptTokens = 32;  // of a prompt cut from the text
 constexpr int64_t kPrompts = 3;
-constexpr int64_t kKeyRows = 64;  // of the picture of keys: more than that no screen shows apart
+constexpr int64_t kMaxProbeLen = 1024;  // a map of attention has a cell for every token and layer
+constexpr int64_t kKeyRows = 64;        // of the picture of keys: more than that no screen shows apart
 
 // All input, read and checked.
 struct Inputs {
@@ -37,7 +38,8 @@ void check_options(const CompareOptions& options, const kv::KvModel& model) {
   at_least("--prefill-chunk", options.prefill_chunk, 1);
   at_least("--max-new-tokens", options.max_new_tokens, 1);
   at_least("--decode-len", options.decode_len, 0);
-  at_least("--probe-len", options.probe_len, 2);
+  ROTUNDA_CHECK(options.probe_len >= 2 && options.probe_len <= kMaxProbeLen, "--probe-len: got ", options.probe_len,
+                ", expected 2 to ", kMaxProbeLen);
   if (options.window_len) at_least("--window-len", *options.window_len, 2);
   const auto below = [](const char* flag, int value, int end) {
     ROTUNDA_CHECK(value >= 0 && value < end, flag, ": got ", value, ", the model has 0 to ", end - 1);

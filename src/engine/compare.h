@@ -24,7 +24,7 @@ struct CompareOptions : EvalOptions {
   int64_t max_new_tokens = 48;                      ///< of each prompt, greedy
   int64_t decode_len =
       1024;  ///< tokens in the cache while the speed of decoding is measured, fewer where text or context is shorter; 0: not
-  int64_t probe_len = 256;       ///< tokens of the text that the looks inside take, at least 2
+  int64_t probe_len = 256;       ///< tokens of the text that the looks inside take, 2 to 1024
   std::optional<int> key_layer;  ///< whose keys are shown; none: the one in the middle
   int key_head = 0;              ///< kv head of that layer
 };

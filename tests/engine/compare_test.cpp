@@ -300,7 +300,8 @@ TEST_F(CompareTest, WrongInputIsRefusedBeforeTheFirstRun) {
               HasSubstr("--key-layer: got 2, the model has 0 to 1"));
   EXPECT_THAT(refused([](CompareOptions& o) { o.key_head = -1; }), HasSubstr("--key-head: got -1"));
   EXPECT_THAT(refused([](CompareOptions& o) { o.windows = -1; }), HasSubstr("--windows: got -1"));
-  EXPECT_THAT(refused([](CompareOptions& o) { o.probe_len = 1; }), HasSubstr("--probe-len: got 1"));
+  EXPECT_THAT(refused([](CompareOptions& o) { o.probe_len = 1; }), HasSubstr("--probe-len: got 1, expected 2 to 1024"));
+  EXPECT_THAT(refused([](CompareOptions& o) { o.probe_len = 1025; }), HasSubstr("--probe-len: got 1025"));
   EXPECT_THAT(refused([](CompareOptions& o) { o.max_new_tokens = 0; }), HasSubstr("--max-new-tokens: got 0"));
   EXPECT_THAT(refused([](CompareOptions& o) { o.specs = kv::parse_kv_specs("bf16,nonsense"); }), HasSubstr("nonsense"));
   EXPECT_THAT(refused([&](CompareOptions& o) { o.data = {folder_ / "absent"}; }), HasSubstr("absent"));
