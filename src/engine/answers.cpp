@@ -3,6 +3,7 @@
 #include <ATen/ATen.h>
 
 #include <algorithm>
+#include <cctype>
 #include <span>
 
 #include "base/check.h"
@@ -14,11 +15,6 @@ namespace rotunda::engine {
 
 namespace {
 
-struct Item {
-  std::vector<int64_t> ids;  // BOS, prompt, answer
-  size_t prompt_len = 0;     // BOS included
-};
-
 std::string target_text(const JsonlLine& line) {
   const std::string answer = line.text("answer");
   ROTUNDA_CHECK(!answer.empty(), line.where(), ": 'answer' is empty");
@@ -27,10 +23,22 @@ std::string target_text(const JsonlLine& line) {
   return concat(" ", line.text("solution"), " The answer is ", answer);
 }
 
-Item make_item(const Session& session, const JsonlLine& line) {
+bool is_word_char(char c) { return std::isalnum(static_cast<unsigned char>(c)) != 0; }
+
+// Of the last place where `word` stands alone, as a share of the text's bytes.
+std::optional<double> depth_of(const std::string& word, const std::string& text) {
+  for (size_t at = text.rfind(word); at != std::string::npos; at = at == 0 ? std::string::npos : text.rfind(word, at - 1)) {
+    const size_t end = at + word.size();
+    const bool alone = (at == 0 || !is_word_char(text[at - 1])) && (end == text.size() || !is_word_char(text[end]));
+    if (alone) return static_cast<double>(at) / static_cast<double>(text.size());
+  }
+  return std::nullopt;
+}
+
+AnswerItem make_item(const Session& session, const JsonlLine& line) {
   const std::string prompt = line.text("prompt");
   // Together, because tokenizers may treat the start of a text as the start of a word.
-  Item item;
+  AnswerItem item;
   item.ids = session.tokenizer->encode(prompt + target_text(line), /*add_special=*/false);
   const auto prompt_ids = session.tokenizer->encode(prompt, /*add_special=*/false);
   item.prompt_len = static_cast<size_t>(std::mismatch(prompt_ids.begin(), prompt_ids.end(), item.ids.begin(), item.ids.end()).first -
@@ -41,11 +49,12 @@ Item make_item(const Session& session, const JsonlLine& line) {
   }
   ROTUNDA_CHECK(item.prompt_len > 0, line.where(), ": 'prompt' has no tokens");
   ROTUNDA_CHECK(item.prompt_len < item.ids.size(), line.where(), ": 'answer' has no tokens");
+  if (!line.has("solution")) item.answer_depth = depth_of(line.text("answer"), prompt);
   return item;
 }
 
 // Hidden states that predict the answer's tokens, [n, hidden_size].
-at::Tensor run_item(const KvBinding& binding, kv::KvCache& cache, kv::SeqId seq, const Item& item, const EvalOptions& options) {
+at::Tensor run_item(const KvBinding& binding, kv::KvCache& cache, kv::SeqId seq, const AnswerItem& item, const EvalOptions& options) {
   const std::span<const int64_t> ids(item.ids);
   const int64_t n_ids = static_cast<int64_t>(ids.size());
   const int64_t prompt_len = static_cast<int64_t>(item.prompt_len);
@@ -66,17 +75,25 @@ at::Tensor run_item(const KvBinding& binding, kv::KvCache& cache, kv::SeqId seq,
 
 }  // namespace
 
+std::vector<AnswerItem> read_answers(const Session& session, const std::filesystem::path& data, int64_t limit) {
+  std::vector<AnswerItem> items;
+  for (const JsonlLine& line : read_jsonl(data, limit)) items.push_back(make_item(session, line));
+  return items;
+}
+
 AccuracyReport evaluate_answers(const Session& session, const AnswersOptions& options) {
-  std::vector<Item> items;
-  for (const JsonlLine& line : read_jsonl(options.data, options.limit)) items.push_back(make_item(session, line));
-  const std::vector<KvBinding> bindings = bind_all(session, options);
+  const std::vector<AnswerItem> items = read_answers(session, options.data, options.limit);
+  return evaluate_answers(bind_all(session, options), items, options);
+}
+
+AccuracyReport evaluate_answers(const std::vector<KvBinding>& bindings, const std::vector<AnswerItem>& items, const EvalOptions& options) {
   size_t longest = 0;
-  for (const Item& item : items) longest = std::max(longest, item.ids.size());
+  for (const AnswerItem& item : items) longest = std::max(longest, item.ids.size());
   for (const KvBinding& binding : bindings) require_memory(binding, {static_cast<int64_t>(longest)});
 
   return run_items(bindings, options, "answers", static_cast<int64_t>(items.size()),
                    [&](const KvBinding& binding, kv::KvCache& cache, int64_t index) {
-                     const Item& item = items[static_cast<size_t>(index)];
+                     const AnswerItem& item = items[static_cast<size_t>(index)];
                      const SequenceGuard seq(cache, cache.create());
                      const at::Tensor hidden = run_item(binding, cache, seq.id(), item, options);
                      const auto scores = score_targets(*binding.model, hidden, std::span(item.ids).subspan(item.prompt_len));

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <functional>
+#include <utility>
 #include <vector>
 
 #include "engine/control.h"
@@ -23,6 +24,7 @@ class CacheDecorator : public kv::KvCache {
   bool wants_hidden() const override { return inner_.wants_hidden(); }
   void begin_step(const std::vector<kv::SeqChunk>& chunks, kv::StepKind kind) override { inner_.begin_step(chunks, kind); }
   at::Tensor attend(int layer, const kv::AttendInput& in) override { return inner_.attend(layer, in); }
+  at::Tensor keys_to_code(int layer, const kv::AttendInput& in) const override { return inner_.keys_to_code(layer, in); }
   void end_step() override { inner_.end_step(); }
   void abort_step() override { inner_.abort_step(); }
   kv::KvUsage usage() const override { return inner_.usage(); }
@@ -46,19 +48,20 @@ class StoppableCache final : public CacheDecorator {
   StopFlag stop_;
 };
 
-/// Shows every layer's input to calibrators before the cache gets it.
+/// Shows every layer's input, the residual stream too, to an observer before the cache gets it.
 class ObservingCache final : public CacheDecorator {
  public:
-  ObservingCache(kv::KvCache& inner, std::vector<kv::KvCalibrator*> observers)
-      : CacheDecorator(inner), observers_(std::move(observers)) {}
+  using Observer = std::function<void(int layer, const kv::AttendInput& in)>;
+
+  ObservingCache(kv::KvCache& inner, Observer observer) : CacheDecorator(inner), observer_(std::move(observer)) {}
   bool wants_hidden() const override { return true; }
   at::Tensor attend(int layer, const kv::AttendInput& in) override {
-    for (kv::KvCalibrator* observer : observers_) observer->observe(layer, in);
+    observer_(layer, in);
     return inner_.attend(layer, in);
   }
 
  private:
-  std::vector<kv::KvCalibrator*> observers_;
+  Observer observer_;
 };
 
 }  // namespace rotunda::engine

@@ -67,16 +67,15 @@ ops::TensorBundle calibrate(const Session& session, std::string_view text, const
     calibrators.push_back(std::move(calibrator));
   }
   ROTUNDA_CHECK(!names.empty(), "no format to calibrate for this model");
-  std::vector<kv::KvCalibrator*> observers;
-  for (const auto& calibrator : calibrators) observers.push_back(calibrator.get());
-
   std::vector<int64_t> tokens = session.tokenizer->encode(text, /*add_special=*/false);
   ROTUNDA_CHECK(!tokens.empty(), "the calibration text has no tokens");
   if (static_cast<int64_t>(tokens.size()) > options.max_tokens) tokens.resize(static_cast<size_t>(options.max_tokens));
 
   const kv::KvSpec reference = kv::parse_kv_spec(kReferenceKv);
   const auto cache = session.formats->get(reference.format).make_cache(reference, kv_model, {});
-  ObservingCache observing(*cache, observers);
+  ObservingCache observing(*cache, [&](int layer, const kv::AttendInput& in) {
+    for (const auto& calibrator : calibrators) calibrator->observe(layer, in);
+  });
   int64_t done = 0;
   for (const auto& window : cut_windows(tokens, window_len, session.bos_id())) {
     const SequenceGuard seq(observing, observing.create());

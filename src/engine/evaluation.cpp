@@ -33,6 +33,7 @@ AccuracyReport run_items(const std::vector<KvBinding>& bindings, const EvalOptio
   struct Gathered {
     RunningMean correct;
     RunningMean correct_norm;
+    std::vector<bool> by_item;
     UsageTally usage;
     int64_t tokens = 0;
     double seconds = 0.0;
@@ -54,6 +55,7 @@ AccuracyReport run_items(const std::vector<KvBinding>& bindings, const EvalOptio
         next[b].tokens += outcome.tokens;
         next[b].usage.add(outcome.usage);
         next[b].correct.add(outcome.correct ? 1.0 : 0.0);
+        next[b].by_item.push_back(outcome.correct);
         if (outcome.correct_norm) next[b].correct_norm.add(*outcome.correct_norm ? 1.0 : 0.0);
       }
       gathered = std::move(next);
@@ -75,6 +77,7 @@ AccuracyReport run_items(const std::vector<KvBinding>& bindings, const EvalOptio
     result.tok_s = gathered[b].seconds > 0.0 ? static_cast<double>(result.tokens) / gathered[b].seconds : 0.0;
     result.accuracy = gathered[b].correct.mean();
     result.accuracy_stderr = gathered[b].correct.standard_error();
+    result.correct = gathered[b].by_item;
     if (gathered[b].correct_norm.n() > 0) {
       result.accuracy_norm = gathered[b].correct_norm.mean();
       result.accuracy_norm_stderr = gathered[b].correct_norm.standard_error();

@@ -49,6 +49,7 @@ struct AccuracyResult : EvalResult {
   double accuracy_stderr = 0.0;
   std::optional<double> accuracy_norm;  ///< choices: by log-likelihood per byte of the choice
   double accuracy_norm_stderr = 0.0;
+  std::vector<bool> correct;            ///< by item
 };
 
 struct AccuracyReport {

@@ -107,30 +107,42 @@ int64_t checked_window_len(const Session& session, const PerplexityOptions& opti
   return *options.window_len;
 }
 
-}  // namespace
+// The windows that a text is cut into.
+struct Windows {
+  std::vector<int64_t> tokens;
+  std::optional<int64_t> bos;
+  int64_t window_len = 0;  // BOS included
+  int64_t text_per_window = 0;
+  int64_t n_windows = 0;
+};
 
-PerplexityReport evaluate_perplexity(const Session& session, std::string_view text, const PerplexityOptions& options) {
-  PerplexityReport report;
-  report.window_len = checked_window_len(session, options);
-  const auto bos = session.bos_id();
-  const std::vector<int64_t> tokens = session.tokenizer->encode(text, /*add_special=*/false);
-  const int64_t n_tokens = static_cast<int64_t>(tokens.size());
+Windows cut_windows(const Session& session, std::string_view text, const PerplexityOptions& options) {
+  Windows windows;
+  windows.window_len = checked_window_len(session, options);
+  windows.bos = session.bos_id();
+  windows.tokens = session.tokenizer->encode(text, /*add_special=*/false);
+  const int64_t n_tokens = static_cast<int64_t>(windows.tokens.size());
   ROTUNDA_CHECK(n_tokens >= 2, "the text has ", n_tokens, " tokens, expected 2 or more");
-
   // BOS takes the first place of a window but not a token of the text.
-  int64_t text_per_window = bos ? report.window_len - 1 : report.window_len;
-  int64_t n_windows = n_tokens / text_per_window;
-  if (n_windows == 0) {
-    n_windows = 1;
-    text_per_window = n_tokens;
-    report.window_len = n_tokens + (bos ? 1 : 0);
+  windows.text_per_window = windows.bos ? windows.window_len - 1 : windows.window_len;
+  windows.n_windows = n_tokens / windows.text_per_window;
+  if (windows.n_windows == 0) {
+    windows.n_windows = 1;
+    windows.text_per_window = n_tokens;
+    windows.window_len = n_tokens + (windows.bos ? 1 : 0);
   }
-  if (options.limit > 0) n_windows = std::min(n_windows, options.limit);
+  if (options.limit > 0) windows.n_windows = std::min(windows.n_windows, options.limit);
+  return windows;
+}
 
-  std::vector<KvBinding> bindings = bind_all(session, options);
+PerplexityReport run_windows(const Session& session, const std::vector<KvBinding>& bindings, const Windows& windows,
+                             const PerplexityOptions& options) {
+  PerplexityReport report;
+  report.window_len = windows.window_len;
+  const auto& [tokens, bos, window_len, text_per_window, n_windows] = windows;
   const KvBinding reference = bind_kv(session, kv::parse_kv_spec(kReferenceKv), std::nullopt, options.progress, options.stop);
-  require_memory(reference, {report.window_len});
-  for (const KvBinding& binding : bindings) require_memory(binding, {report.window_len});
+  require_memory(reference, {window_len});
+  for (const KvBinding& binding : bindings) require_memory(binding, {window_len});
 
   Gathered reference_gathered;
   std::vector<Gathered> gathered(bindings.size());
@@ -204,6 +216,18 @@ PerplexityReport evaluate_perplexity(const Session& session, std::string_view te
     report.results.back().ppl_change = report.results.back().ppl / report.reference.ppl - 1.0;
   }
   return report;
+}
+
+}  // namespace
+
+PerplexityReport evaluate_perplexity(const Session& session, std::string_view text, const PerplexityOptions& options) {
+  const Windows windows = cut_windows(session, text, options);
+  return run_windows(session, bind_all(session, options), windows, options);
+}
+
+PerplexityReport evaluate_perplexity(const Session& session, const std::vector<KvBinding>& bindings, std::string_view text,
+                                     const PerplexityOptions& options) {
+  return run_windows(session, bindings, cut_windows(session, text, options), options);
 }
 
 }  // namespace rotunda::engine

@@ -33,5 +33,8 @@ struct PerplexityReport {
 /// window is left out, unless the text is shorter than one window.
 /// @throws Error{kUser} for a text of fewer than 2 tokens, a window_len below 2, logits that are not finite.
 PerplexityReport evaluate_perplexity(const Session& session, std::string_view text, const PerplexityOptions& options);
+/// The same with caches bound already; `options.specs` and `options.calibration_file` are not looked at.
+PerplexityReport evaluate_perplexity(const Session& session, const std::vector<KvBinding>& bindings, std::string_view text,
+                                     const PerplexityOptions& options);
 
 }  // namespace rotunda::engine

@@ -102,6 +102,10 @@ class KvCache {
   /// @return [T, n_heads, head_dim] in the model's dtype.
   /// @throws Error{kUser} where keys or values are not finite (naming layer and sequence).
   virtual at::Tensor attend(int layer, const AttendInput& in) = 0;
+  /// The new keys of one layer as the format codes them (rotated, balanced, shifted, ... in its own order of channels), before they are
+  /// rounded: for pictures of what is stored. Asked before the layer's attend(); changes nothing.
+  /// @return [T, kv_channels] fp32; undefined where the cache does not tell
+  virtual at::Tensor keys_to_code(int /*layer*/, const AttendInput& /*in*/) const { return {}; }
   virtual void end_step() = 0;
   virtual void abort_step() = 0;
 

@@ -161,8 +161,8 @@ void PagedCache::begin_step(const std::vector<SeqChunk>& chunks, StepKind kind) 
   on_begin_step(*step_);
 }
 
-at::Tensor PagedCache::attend(int layer, const AttendInput& in) {
-  ROTUNDA_ASSERT(step_, "attend without begin_step");
+void PagedCache::check_input(int layer, const AttendInput& in) const {
+  ROTUNDA_ASSERT(step_, "a layer without begin_step");
   ROTUNDA_ASSERT(layer >= 0 && layer < model_.n_layers);
   const auto check = [&](const at::Tensor& x, const char* name, int64_t heads) {
     ROTUNDA_CHECK(x.dim() == 3 && x.size(0) == step_->n_tokens && x.size(1) == heads && x.size(2) == model_.head_dim &&
@@ -177,7 +177,20 @@ at::Tensor PagedCache::attend(int layer, const AttendInput& in) {
     ROTUNDA_CHECK(in.hidden.defined() && in.hidden.dim() == 2 && in.hidden.size(0) == step_->n_tokens,
                   "kv cache: layer ", layer, " came without the layer's input that ", spec_.format, " chooses sinks by");
   }
+}
+
+at::Tensor PagedCache::attend(int layer, const AttendInput& in) {
+  check_input(layer, in);
   return attend_layer(layer, *step_, in);
+}
+
+at::Tensor PagedCache::keys_to_code(int layer, const AttendInput& in) const {
+  check_input(layer, in);
+  return layer_keys_to_code(layer, *step_, in);
+}
+
+at::Tensor PagedCache::layer_keys_to_code(int, const Step& step, const AttendInput& in) const {
+  return ops::apply_rope(in.k.to(at::kFloat), step.cos, step.sin).view({step.n_tokens, model_.kv_channels()});
 }
 
 void PagedCache::end_step() {

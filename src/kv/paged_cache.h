@@ -44,6 +44,7 @@ class PagedCache : public KvCache {
 
   void begin_step(const std::vector<SeqChunk>& chunks, StepKind kind) override;
   at::Tensor attend(int layer, const AttendInput& in) override;
+  at::Tensor keys_to_code(int layer, const AttendInput& in) const override;
   void end_step() override;
   void abort_step() override;
 
@@ -91,6 +92,8 @@ class PagedCache : public KvCache {
   virtual void on_begin_step(const Step&) {}
   /// One layer. q, k, v are [T, heads, head_dim] in the model's dtype, contiguous, before RoPE. @return [T, n_heads, head_dim]
   virtual at::Tensor attend_layer(int layer, const Step& step, const AttendInput& in) = 0;
+  /// As keys_to_code(); the default: keys after RoPE. @return [T, kv_channels] fp32, the caller's own
+  virtual at::Tensor layer_keys_to_code(int layer, const Step& step, const AttendInput& in) const;
   virtual void on_end_step(const Step&) {}
   virtual void on_abort_step(const Step&) {}
   /// Settings that a saved sequence must share with the cache that reads it, beyond model shape and spec.
@@ -101,6 +104,8 @@ class PagedCache : public KvCache {
 
  private:
   void check_no_step(const char* what) const;
+  /// Throws where a layer's input does not fit the open step.
+  void check_input(int layer, const AttendInput& in) const;
   /// For the calls that change it; @throws as sequence().
   Sequence& own(SeqId seq);
   /// What the metadata of a saved sequence says of the cache that it fits.

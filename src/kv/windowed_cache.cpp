@@ -235,6 +235,20 @@ at::Tensor WindowedCache::attend_layer(int layer, const Step& step, const Attend
   return out.to(model().dtype);
 }
 
+at::Tensor WindowedCache::layer_keys_to_code(int layer, const Step& step, const AttendInput& in) const {
+  const auto [turned, packable] = new_keys(step, in.k);
+  if (packable.defined()) return packable.clone();
+  const at::Tensor keys = turned.clone().view({step.n_tokens, channels()});
+  for (const Chunk& chunk : step.chunks) {
+    for (int64_t low = chunk.first; low < chunk.kv_len;) {
+      const int64_t high = std::min(chunk.kv_len, (low / kTokenBlock + 1) * kTokenBlock);
+      make_packable(layer, chunk, low, high - low, keys.data_ptr<float>() + (chunk.row + low - chunk.first) * channels());
+      low = high;
+    }
+  }
+  return keys;
+}
+
 // Sinks are copied by whoever changes them.
 void WindowedCache::prepare_undo(int layer, const Chunk& chunk) {
   Exact& exact = exact_of(chunk);

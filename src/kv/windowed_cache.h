@@ -130,6 +130,7 @@ class WindowedCache : public PagedCache {
   void on_end_step(const Step& step) final;
   void on_abort_step(const Step& step) final;
   at::Tensor attend_layer(int layer, const Step& step, const AttendInput& in) final;
+  at::Tensor layer_keys_to_code(int layer, const Step& step, const AttendInput& in) const final;
 
   void prepare_undo(int layer, const Chunk& chunk);
   void append(int layer, const Chunk& chunk, const at::Tensor& hidden, const Rows& rows);

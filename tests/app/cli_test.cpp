@@ -29,7 +29,7 @@ TEST_F(CliTest, HelpAndVersion) {
   EXPECT_EQ(outcome.exit_code, 0);
   EXPECT_THAT(outcome.out, StartsWith("rotunda "));
   for (const std::vector<std::string>& arguments : std::vector<std::vector<std::string>>{
-           {"--help"}, {"generate", "--help"}, {"eval", "ppl", "--help"}, {"calibrate", "--help"}, {"info", "--help"}}) {
+           {"--help"}, {"generate", "--help"}, {"eval", "ppl", "--help"}, {"calibrate", "--help"}, {"compare", "--help"}, {"info", "--help"}}) {
     outcome = run(arguments);
     EXPECT_EQ(outcome.exit_code, 0) << arguments[0];
     EXPECT_EQ(outcome.err, "");

@@ -115,6 +115,27 @@ TEST_P(Conformance, RaggedBatchEqualsSingleSequences) {
   both(142, 143, 90, 91);
 }
 
+TEST_P(Conformance, AskingForTheKeysToCodeChangesNothing) {
+  const Text other = random_text(model_, 200, 8);
+  FusedCache asked(GetParam(), model_);
+  FusedCache left_alone(GetParam(), model_);
+  asked.ask_keys = true;
+  const SeqId a = asked.cache().create(), b = asked.cache().create();
+  ASSERT_EQ(a, left_alone.cache().create());
+  ASSERT_EQ(b, left_alone.cache().create());
+  for (const auto& [begin, end] : std::vector<std::pair<int64_t, int64_t>>{{0, 37}, {37, 38}, {38, 150}}) {
+    asked.asked_keys.clear();
+    const std::vector<FusedCache::Part> parts = {{a, &text_, begin, end}, {b, &other, begin, end}};
+    EXPECT_TRUE(asked.step(parts).equal(left_alone.step(parts)));
+    for (const at::Tensor& keys : asked.asked_keys) {
+      if (!keys.defined()) continue;  // a cache need not tell
+      EXPECT_EQ(keys.sizes(), at::IntArrayRef({2 * (end - begin), model_.kv_channels()}));
+      EXPECT_EQ(keys.scalar_type(), at::kFloat);
+      EXPECT_TRUE(keys.isfinite().all().item<bool>());
+    }
+  }
+}
+
 TEST_P(Conformance, ForkSharesAndThenDiverges) {
   const Text other = random_text(model_, 200, 9);
   FusedCache fused(GetParam(), model_);

@@ -109,6 +109,9 @@ class FusedCache {
   KvCache& cache() { return *cache_; }
   const ops::TensorBundle& calibration() const { return calibration_; }
 
+  bool ask_keys = false;               ///< step() asks for the keys to code, before each layer's attention
+  std::vector<at::Tensor> asked_keys;  ///< what it got
+
   struct Part {
     SeqId seq;
     const Text* text;
@@ -133,9 +136,11 @@ class FusedCache {
       const at::Tensor x = at::cat(inputs);
       const ProjectionWeights& w = weights_[layer];
       try {
-        const at::Tensor out = cache_->attend(layer, {project(model_, x, w.q_weight, w.q_bias, w.q_norm).to(model_.dtype),
-                                                      project(model_, x, w.k_weight, w.k_bias, w.k_norm).to(model_.dtype),
-                                                      project(model_, x, w.v_weight, w.v_bias).to(model_.dtype), at::cat(hidden).to(model_.dtype)});
+        const AttendInput in{project(model_, x, w.q_weight, w.q_bias, w.q_norm).to(model_.dtype),
+                             project(model_, x, w.k_weight, w.k_bias, w.k_norm).to(model_.dtype),
+                             project(model_, x, w.v_weight, w.v_bias).to(model_.dtype), at::cat(hidden).to(model_.dtype)};
+        if (ask_keys) asked_keys.push_back(cache_->keys_to_code(layer, in));
+        const at::Tensor out = cache_->attend(layer, in);
         outs.push_back(project(model_, out.to(at::kFloat).flatten(1), w.o_weight));
       } catch (...) {
         cache_->abort_step();

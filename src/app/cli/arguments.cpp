@@ -5,6 +5,7 @@
 #include "app/cli/report.h"
 #include "app/cli/table.h"
 #include "base/check.h"
+#include "engine/jsonl.h"
 
 namespace rotunda::cli {
 
@@ -95,6 +96,25 @@ int report_accuracy(const engine::AccuracyReport& report, const CLI::App& comman
   print(table);
   write_report(json_path, run_json(command), results);
   return report.interrupted ? kExitInterrupted : 0;
+}
+
+std::vector<std::string> read_prompts(const std::string& path) {
+  const std::string text = engine::read_text_file(path);
+  std::vector<std::string> prompts;
+  const size_t first = text.find_first_not_of(" \t\r\n");
+  if (first != std::string::npos && text[first] == '{') {
+    for (const engine::JsonlLine& line : engine::read_jsonl(path, 0)) prompts.push_back(line.text("prompt"));
+    return prompts;
+  }
+  for (size_t begin = 0; begin < text.size();) {
+    const size_t end = std::min(text.find('\n', begin), text.size());
+    std::string line = text.substr(begin, end - begin);
+    if (line.ends_with('\r')) line.pop_back();
+    if (!line.empty()) prompts.push_back(line);
+    begin = end + 1;
+  }
+  ROTUNDA_CHECK(!prompts.empty(), path, ": holds no prompt, expected one per line");
+  return prompts;
 }
 
 std::optional<std::filesystem::path> optional_path(const std::string& text) {

@@ -68,6 +68,9 @@ int run_accuracy(const ItemArguments& arguments, const CLI::App& command, Option
   return report_accuracy(report, command, arguments.eval.json);
 }
 
+/// The prompts of a file: one per line, or JSONL {"prompt": ...}. @throws Error naming the file where it holds none
+std::vector<std::string> read_prompts(const std::string& path);
+
 /// "" as nothing.
 std::optional<std::filesystem::path> optional_path(const std::string& text);
 

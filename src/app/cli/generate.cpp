@@ -10,7 +10,6 @@
 #include "app/cli/report.h"
 #include "app/cli/table.h"
 #include "base/check.h"
-#include "engine/jsonl.h"
 
 namespace rotunda::cli {
 
@@ -29,25 +28,6 @@ struct Arguments {
   std::string json;
   engine::GenerateOptions options;
 };
-
-std::vector<std::string> read_prompts(const std::string& path) {
-  const std::string text = engine::read_text_file(path);
-  std::vector<std::string> prompts;
-  const size_t first = text.find_first_not_of(" \t\r\n");
-  if (first != std::string::npos && text[first] == '{') {
-    for (const engine::JsonlLine& line : engine::read_jsonl(path, 0)) prompts.push_back(line.text("prompt"));
-    return prompts;
-  }
-  for (size_t begin = 0; begin < text.size();) {
-    const size_t end = std::min(text.find('\n', begin), text.size());
-    std::string line = text.substr(begin, end - begin);
-    if (line.ends_with('\r')) line.pop_back();
-    if (!line.empty()) prompts.push_back(line);
-    begin = end + 1;
-  }
-  ROTUNDA_CHECK(!prompts.empty(), path, ": holds no prompt, expected one per line");
-  return prompts;
-}
 
 // An editor ends a file in a newline that nobody means as part of the prompt.
 std::string read_prompt(const std::string& path) {

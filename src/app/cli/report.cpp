@@ -100,6 +100,16 @@ Json accuracy_json(const engine::AccuracyResult& result) {
   return json;
 }
 
+Json ppl_json(const engine::PerplexityResult& result) {
+  Json json = eval_json(result);
+  json["ppl"] = result.ppl;
+  json["ppl_stderr"] = result.ppl_stderr;
+  json["ppl_change"] = result.ppl_change;
+  json["mean_kl"] = result.mean_kl;
+  json["top1_agreement"] = result.top1_agreement;
+  return json;
+}
+
 void write_report(const std::string& path, const Json& run, const Json& results) {
   if (path.empty()) return;
   const Json report = {{"run", run}, {"results", results}};

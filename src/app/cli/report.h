@@ -5,6 +5,7 @@
 #include <string>
 
 #include "engine/evaluation.h"
+#include "engine/perplexity.h"
 
 namespace rotunda::cli {
 
@@ -16,6 +17,7 @@ Json run_json(const CLI::App& command);
 /// The keys that every evaluation's result has.
 Json eval_json(const engine::EvalResult& result);
 Json accuracy_json(const engine::AccuracyResult& result);
+Json ppl_json(const engine::PerplexityResult& result);
 
 /// Writes {"run", "results"} where a path is given. @throws Error{kWorld}
 void write_report(const std::string& path, const Json& run, const Json& results);
