@@ -74,6 +74,9 @@ TEST_F(CliTest, WrongInputGivesOneLineAndItsExitCode) {
       {{"generate", kModel, "--prompt", "a", "--kv", "rotunda2:values=5"}, 2, "values=5, expected a number from 2 to 4"},
       {{"generate", kModel, "--prompt", "a", "--kv", "rotunda2:balance=even"}, 2, "auto, weights, calibrated, none"},
       {{"generate", kModel, "--prompt", "a", "--kv", "rotunda2", "--calibration", folder_ / "junk"}, 2, "junk"},
+      {{"generate", kModel, "--prompt", "a", "--kv", "layers 0,12=bf16;rotunda2"}, 2, "layer 12, the model has layers 0 to 7"},
+      {{"generate", kModel, "--prompt", "a", "--kv", "layers 0=bf16"}, 2, "layer 1 has no format"},
+      {{"generate", kModel, "--prompt", "a", "--kv", "k=rotunda3,v=bf16"}, 2, "keys of rotunda3 do not go with values of bf16"},
       {{"generate", kModel, "--prompt", "a", "--dtype", "fp8"}, 2, "--dtype: got 'fp8'"},
       {{"generate", kModel, "--prompt", "a", "--threads", "-2"}, 2, "--threads: got -2"},
       {{"generate", kModel, "--prompt", "a", "--temperature", "-1"}, 2, "--temperature: got -1"},
@@ -203,6 +206,24 @@ TEST_F(CliTest, PerplexityOfSeveralCachesWithAFreshCalibration) {
   EXPECT_LT(results[0].at("ppl"), results[2].at("ppl"));
   EXPECT_LT(results[1].at("mean_kl"), results[2].at("mean_kl"));
   EXPECT_THAT(results[2].at("kv_used").get<std::string>(), AllOf(HasSubstr("clip="), HasSubstr("recent=0")));
+}
+
+TEST_F(CliTest, LayersAndSidesHaveFormatsOfTheirOwn) {
+  const std::string text = std::string(ROTUNDA_SOURCE_DIR) + "/assets/calibration.txt";
+  const Outcome outcome = run({"eval", "ppl", kModel, "--text", text, "--kv", "layers 0,-1 = bf16; rotunda2:recent=0,k=rotunda2,v=rotunda3:recent=0",
+                               "--kv", "rotunda2:recent=0", "--windows", "1", "--window-len", "300", "--json", folder_ / "out.json"});
+  ASSERT_EQ(outcome.exit_code, 2) << "an option behind the values' format alone";
+  const Outcome mixed = run({"eval", "ppl", kModel, "--text", text, "--kv", "layers 0,-1 = bf16; rotunda2:recent=0,k=rotunda2:recent=0,v=rotunda3",
+                             "--kv", "rotunda2:recent=0", "--windows", "1", "--window-len", "300", "--json", folder_ / "out.json"});
+  ASSERT_EQ(mixed.exit_code, 0) << mixed.err;
+  const json results = read_json("out.json").at("results");
+  ASSERT_EQ(results.size(), 3u);
+  EXPECT_THAT(results[0].at("kv_used").get<std::string>(), AllOf(StartsWith("layers 0,7=bf16;layers 1-6=rotunda2"), HasSubstr("shift=bias")));
+  EXPECT_THAT(results[1].at("kv_used").get<std::string>(), HasSubstr("values=3"));
+  for (const int finer : {0, 1}) {
+    EXPECT_LT(results[finer].at("mean_kl"), results[2].at("mean_kl"));
+    EXPECT_GT(results[finer].at("cache_bytes"), results[2].at("cache_bytes"));
+  }
 }
 
 TEST_F(CliTest, InfoAndFormatsNameEveryFormat) {

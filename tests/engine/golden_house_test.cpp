@@ -62,7 +62,7 @@ class GoldenHouse : public ::testing::TestWithParam<Case> {};
 TEST_P(GoldenHouse, MeanNllOfTheFirstWindowIsThatOfTheReference) {
   const nlohmann::json reference = golden();
   const kv::KvSpec spec = kv::parse_kv_spec(GetParam().spec);
-  const kv::KvFormat& format = session().formats->get(spec.format);
+  const kv::KvFormat& format = session().formats->get(spec);
   ops::TensorBundle setup;
   if (format.calibration_use(spec) == kv::CalibrationUse::kRequired)
     setup = calibration(format, reference.at("calibration"));

@@ -35,7 +35,7 @@ engine::Session ModelArguments::load(const std::vector<kv::KvSpec>& specs, Progr
 void EvalArguments::add_to(CLI::App& command, const std::string& default_protocol) {
   protocol = default_protocol;
   model.add_to(command);
-  command.add_option("--kv", kv, "Caches to compare: SPEC[,SPEC...], a SPEC being NAME[:KEY=VALUE,...]; see `rotunda formats`")
+  command.add_option("--kv", kv, "Caches to compare: SPEC[,SPEC...], a SPEC as for `rotunda generate`")
       ->type_name("SPECS")
       ->allow_extra_args(false)
       ->capture_default_str();

@@ -154,7 +154,7 @@ void add_generate(CLI::App& parent, Run& run) {
   CLI::Option* prompt = command->add_option("--prompt", arguments->prompt, "The text to continue");
   command->add_option("--prompt-file", arguments->prompt_file, "File whose whole text is the prompt (one newline at its end left out)");
   command->add_option("--prompts-file", arguments->prompts_file, "File of prompts, one per line or JSONL {\"prompt\": ...}; run together");
-  command->add_option("--kv", arguments->kv, "Cache: NAME[:KEY=VALUE,...]; see `rotunda formats`")->type_name("SPEC")->capture_default_str();
+  command->add_option("--kv", arguments->kv, "Cache: NAME[:KEY=VALUE,...], or a mix: layers N,N-M,...=NAME...;NAME...; see `rotunda formats`")->type_name("SPEC")->capture_default_str();
   command->add_option("--calibration", arguments->calibration, "Calibration file, as `rotunda calibrate` writes it");
   command->add_option("--max-new-tokens", options.max_new_tokens, "Tokens to generate at most, each prompt")->capture_default_str();
   command->add_option("--temperature", options.sampling.temperature, "0: always the likeliest token")->capture_default_str();
