@@ -99,6 +99,10 @@ TEST_F(CliTest, WrongInputGivesOneLineAndItsExitCode) {
       {{"calibrate", kModel, "--text", folder_ / "empty", "--out", folder_ / "out"}, 2, "has no tokens"},
       {{"calibrate", kModel, "--text", text, "--out", folder_ / "nowhere/out"}, 1, "nowhere/out: cannot be written"},
       {{"calibrate", kModel, "--text", text, "--out", folder_ / "out", "--formats", "bf16"}, 2, "bf16 has nothing to calibrate"},
+      {{"tune", kModel, "--text", text}, 2, "--budget"},
+      {{"tune", kModel, "--text", text, "--budget", "1"}, 2, "--budget: got 1 bits, the smallest format, rotunda2, takes"},
+      {{"tune", kModel, "--text", text, "--budget", "3.5"}, 2, "the text has 1 windows of"},
+      {{"tune", kModel, "--text", text, "--budget", "3.5", "--formats", "rotunda2,odd"}, 2, "'odd' is unknown"},
       {{"info", folder_ / "odd_model"}, 2, "OddForCausalLM"},
       {{"info", kModel, "--kv-len", "-3"}, 2, "--kv-len: got -3"},
   };
@@ -224,6 +228,23 @@ TEST_F(CliTest, LayersAndSidesHaveFormatsOfTheirOwn) {
     EXPECT_LT(results[finer].at("mean_kl"), results[2].at("mean_kl"));
     EXPECT_GT(results[finer].at("cache_bytes"), results[2].at("cache_bytes"));
   }
+}
+
+TEST_F(CliTest, TunePrintsTheSpecToGoOnWith) {
+  const std::string text = std::string(ROTUNDA_SOURCE_DIR) + "/assets/calibration.txt";
+  const Outcome outcome = run({"tune", kModel, "--text", text, "--budget", "3.6", "--formats", "rotunda2:recent=0,rotunda4:recent=0", "--windows",
+                               "1", "--window-len", "300", "--out", folder_ / "out.json"});
+  ASSERT_EQ(outcome.exit_code, 0) << outcome.err;
+  const json result = read_json("out.json").at("results").at(0);
+  const std::string spec = result.at("kv");
+  EXPECT_THAT(spec, AllOf(StartsWith("layers "), HasSubstr("rotunda4:recent=0")));
+  EXPECT_THAT(outcome.out, HasSubstr("--kv \"" + spec + "\"\n"));
+  EXPECT_LE(result.at("planned_bits_per_element"), 3.6);
+  EXPECT_EQ(result.at("layers").size(), 8u);
+  EXPECT_EQ(result.at("candidates").at(0).at("layer_kl").size(), 8u);
+  EXPECT_LT(result.at("checked").at(0).at("mean_kl"), result.at("checked").at(1).at("mean_kl"));
+  const Outcome generated = run({"generate", kModel, "--prompt", "The river", "--max-new-tokens", "4", "--kv", spec});
+  EXPECT_EQ(generated.exit_code, 0) << generated.err;
 }
 
 TEST_F(CliTest, InfoAndFormatsNameEveryFormat) {

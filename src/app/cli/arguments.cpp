@@ -57,11 +57,7 @@ void ItemArguments::add_to(CLI::App& command, const std::string& protocol, const
   command.add_option("--limit", limit, "Lines at most; 0: all")->capture_default_str();
 }
 
-std::vector<kv::KvSpec> EvalArguments::specs() const {
-  std::string text;
-  for (const std::string& part : kv) text += (text.empty() ? "" : ",") + part;
-  return kv::parse_kv_specs(text);
-}
+std::vector<kv::KvSpec> EvalArguments::specs() const { return joined_specs(kv); }
 
 void EvalArguments::fill(engine::EvalOptions& options, ProgressPrinter& progress, engine::StopFlag stop) const {
   options.specs = specs();
@@ -95,6 +91,12 @@ int report_accuracy(const engine::AccuracyReport& report, const CLI::App& comman
   print(table);
   write_report(json_path, run_json(command), results);
   return report.interrupted ? kExitInterrupted : 0;
+}
+
+std::vector<kv::KvSpec> joined_specs(const std::vector<std::string>& lists) {
+  std::string text;
+  for (const std::string& list : lists) text += (text.empty() ? "" : ",") + list;
+  return kv::parse_kv_specs(text);
 }
 
 std::optional<std::filesystem::path> optional_path(const std::string& text) {

@@ -68,6 +68,9 @@ int run_accuracy(const ItemArguments& arguments, const CLI::App& command, Option
   return report_accuracy(report, command, arguments.eval.json);
 }
 
+/// The specs of an option that may be given several times, each time with a list.
+std::vector<kv::KvSpec> joined_specs(const std::vector<std::string>& lists);
+
 /// "" as nothing.
 std::optional<std::filesystem::path> optional_path(const std::string& text);
 

@@ -31,16 +31,6 @@ std::vector<std::string> table_row(const std::string& name, const engine::Perple
           fixed(result.tok_s, 1)};
 }
 
-Json ppl_json(const engine::PerplexityResult& result) {
-  Json json = eval_json(result);
-  json["ppl"] = result.ppl;
-  json["ppl_stderr"] = result.ppl_stderr;
-  json["ppl_change"] = result.ppl_change;
-  json["mean_kl"] = result.mean_kl;
-  json["top1_agreement"] = result.top1_agreement;
-  return json;
-}
-
 int run_eval_ppl(const Arguments& arguments, const CLI::App& command) {
   ProgressPrinter progress;
   engine::PerplexityOptions options;

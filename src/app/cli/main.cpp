@@ -71,6 +71,7 @@ int run_program(int argc, char** argv) {
   add_eval_choices(*eval, run);
   add_eval_gsm8k(*eval, run);
   add_calibrate(app, run);
+  add_tune(app, run);
   add_info(app, run);
   add_formats(app, run);
   try {

@@ -4,7 +4,7 @@
 #include <nlohmann/json.hpp>
 #include <string>
 
-#include "engine/evaluation.h"
+#include "engine/perplexity.h"
 
 namespace rotunda::cli {
 
@@ -15,6 +15,7 @@ Json run_json(const CLI::App& command);
 
 /// The keys that every evaluation's result has.
 Json eval_json(const engine::EvalResult& result);
+Json ppl_json(const engine::PerplexityResult& result);
 Json accuracy_json(const engine::AccuracyResult& result);
 
 /// Writes {"run", "results"} where a path is given. @throws Error{kWorld}
