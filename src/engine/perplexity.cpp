@@ -135,17 +135,18 @@ TextWindows cut_text(const Session& session, std::string_view text, std::optiona
 }
 
 PerplexityReport evaluate_perplexity(const Session& session, std::string_view text, const PerplexityOptions& options) {
-  return evaluate_perplexity(session, cut_text(session, text, options.window_len), options);
+  const TextWindows windows = cut_text(session, text, options.window_len);
+  return evaluate_perplexity(session, windows, bind_all(session, options), options);
 }
 
-PerplexityReport evaluate_perplexity(const Session& session, const TextWindows& text, const EvalOptions& options, int64_t first_window) {
+PerplexityReport evaluate_perplexity(const Session& session, const TextWindows& text, const std::vector<KvBinding>& bindings,
+                                     const EvalOptions& options, int64_t first_window) {
   PerplexityReport report;
   report.window_len = text.window_len;
   int64_t n_windows = text.n_windows - first_window;
   ROTUNDA_ASSERT(first_window >= 0 && n_windows > 0);
   if (options.limit > 0) n_windows = std::min(n_windows, options.limit);
 
-  std::vector<KvBinding> bindings = bind_all(session, options);
   const KvBinding reference = bind_kv(session, kv::parse_kv_spec(kReferenceKv), std::nullopt, options.progress, options.stop);
   require_memory(reference, {report.window_len});
   for (const KvBinding& binding : bindings) require_memory(binding, {report.window_len});

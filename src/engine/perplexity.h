@@ -41,8 +41,10 @@ struct TextWindows {
 /// @throws Error{kUser} for a text of fewer than 2 tokens, a window_len below 2.
 TextWindows cut_text(const Session& session, std::string_view text, std::optional<int64_t> window_len);
 
-/// Perplexity over the windows from `first_window` on, options.limit of them at most. @throws Error{kUser} for logits that are not finite.
-PerplexityReport evaluate_perplexity(const Session& session, const TextWindows& text, const EvalOptions& options, int64_t first_window = 0);
+/// Perplexity over the windows from `first_window` on, options.limit of them at most. `options.specs` and its calibration are those that
+/// `bindings` were made of (bind_all). @throws Error{kUser} for logits that are not finite.
+PerplexityReport evaluate_perplexity(const Session& session, const TextWindows& text, const std::vector<KvBinding>& bindings,
+                                     const EvalOptions& options, int64_t first_window = 0);
 
 /// Perplexity of the text, tokenized once without special tokens: non-overlapping windows of window_len - 1 tokens behind a
 /// BOS, every one scored (a model without BOS: windows of window_len tokens, the first not scored). A rest shorter than a

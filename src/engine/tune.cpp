@@ -113,7 +113,8 @@ TuneReport tune(const Session& session, std::string_view text, const TuneOptions
   std::vector<kv::KvSpec> specs;
   for (const kv::KvSpec& candidate : options.candidates)
     for (size_t layer = 0; layer < n_layers; ++layer) specs.push_back(with_one_layer(candidate, static_cast<int>(layer)));
-  const PerplexityReport measured = evaluate_perplexity(session, windows, evaluation(options, specs, "measuring layers"));
+  const EvalOptions measuring = evaluation(options, specs, "measuring layers");
+  const PerplexityReport measured = evaluate_perplexity(session, windows, bind_all(session, measuring), measuring);
   if (measured.interrupted) throw Interrupted();
   std::vector<std::vector<double>> cost(n_layers);
   for (size_t c = 0; c < report.candidates.size(); ++c) {
@@ -135,7 +136,8 @@ TuneReport tune(const Session& session, std::string_view text, const TuneOptions
 
   specs = {report.spec};
   specs.insert(specs.end(), options.candidates.begin(), options.candidates.end());
-  report.check = evaluate_perplexity(session, windows, evaluation(options, specs, "checking the choice"), options.windows);
+  const EvalOptions checking = evaluation(options, specs, "checking the choice");
+  report.check = evaluate_perplexity(session, windows, bind_all(session, checking), checking, options.windows);
   if (report.check.interrupted) throw Interrupted();
   return report;
 }

@@ -56,6 +56,8 @@ class KvFormat {
 
   virtual std::string name() const = 0;
   virtual std::string summary() const = 0;  ///< one line
+  /// Whether it may be named to a user who asks for a better cache: of all formats of its size the one to take.
+  virtual bool recommended() const { return false; }
   virtual std::vector<KvOption> options() const = 0;
   /// The spec with every option that it leaves out at its default.
   virtual KvSpec with_defaults(const KvSpec& spec) const;

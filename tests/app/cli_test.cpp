@@ -12,6 +12,7 @@ namespace {
 using nlohmann::json;
 using testing::AllOf;
 using testing::HasSubstr;
+using testing::Not;
 using testing::StartsWith;
 
 const std::string kModel = std::string(ROTUNDA_SOURCE_DIR) + "/models/tiny-gqa";
@@ -77,6 +78,7 @@ TEST_F(CliTest, WrongInputGivesOneLineAndItsExitCode) {
       {{"generate", kModel, "--prompt", "a", "--kv", "layers 0,12=bf16;rotunda2"}, 2, "layer 12, the model has layers 0 to 7"},
       {{"generate", kModel, "--prompt", "a", "--kv", "layers 0=bf16"}, 2, "layer 1 has no format"},
       {{"generate", kModel, "--prompt", "a", "--kv", "k=rotunda3,v=bf16"}, 2, "keys of rotunda3 do not go with values of bf16"},
+      {{"generate", kModel, "--prompt", "a", "--self-check", "maybe"}, 2, "--self-check: got 'maybe', expected on, off or auto"},
       {{"generate", kModel, "--prompt", "a", "--dtype", "fp8"}, 2, "--dtype: got 'fp8'"},
       {{"generate", kModel, "--prompt", "a", "--threads", "-2"}, 2, "--threads: got -2"},
       {{"generate", kModel, "--prompt", "a", "--temperature", "-1"}, 2, "--temperature: got -1"},
@@ -228,6 +230,26 @@ TEST_F(CliTest, LayersAndSidesHaveFormatsOfTheirOwn) {
     EXPECT_LT(results[finer].at("mean_kl"), results[2].at("mean_kl"));
     EXPECT_GT(results[finer].at("cache_bytes"), results[2].at("cache_bytes"));
   }
+}
+
+TEST_F(CliTest, ABadCacheIsWarnedOfBeforeItIsUsed) {
+  const auto generate = [&](const std::string& spec, const std::string& mode) {
+    const Outcome outcome = run({"generate", kModel, "--prompt", "The river", "--max-new-tokens", "2", "--kv", spec, "--self-check", mode,
+                                 "--json", folder_ / "out.json"});
+    EXPECT_EQ(outcome.exit_code, 0) << outcome.err;
+    return outcome.err;
+  };
+  const auto result = [&] { return read_json("out.json").at("results").at(0).at("self_check"); };
+  EXPECT_THAT(generate("rotunda2", "auto"), Not(HasSubstr("does badly")));
+  EXPECT_TRUE(result().at("good"));
+  EXPECT_TRUE(result().at("better").is_null());
+  EXPECT_THAT(generate("rotunda2:recent=0,scale=least_squares", "auto"),
+              AllOf(HasSubstr("rotunda: warning: --kv rotunda2:recent=0,scale=least_squares does badly"), HasSubstr("--kv rotunda2 was tried")));
+  EXPECT_FALSE(result().at("good"));
+  EXPECT_GT(result().at("mean_kl"), 0.05);
+  EXPECT_EQ(result().at("better").at("kv"), "rotunda2");
+  EXPECT_THAT(generate("rotunda2:recent=0,scale=least_squares", "off"), Not(HasSubstr("does badly")));
+  EXPECT_TRUE(result().is_null());
 }
 
 TEST_F(CliTest, TunePrintsTheSpecToGoOnWith) {

@@ -16,6 +16,7 @@ class HouseFormat : public KvFormat {
 
   std::string name() const override { return "rotunda" + std::to_string(bits_); }
   std::string summary() const override;
+  bool recommended() const override { return true; }
   std::vector<KvOption> options() const override;
   void validate(const KvSpec& spec) const override;
   /// Values of rotunda2, 3 or 4: the option `values`. Other options stand behind the keys' format, or the same behind both.
