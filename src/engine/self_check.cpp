@@ -50,7 +50,9 @@ std::vector<kv::KvSpec> alternatives(const Session& session, const KvBinding& bi
   for (const auto& format : session.formats->all()) {
     const kv::KvSpec spec{.format = format->name(), .options = {}};
     const kv::KvSpec full = format->with_defaults(spec);
-    if (!format->recommended() || spec == binding.requested || format->unsupported_reason(full, session.model->info().kv)) continue;
+    if (!format->recommended() || spec == binding.requested ||
+        format->unsupported_reason(full, session.model->info().kv))
+      continue;
     const double bits = least_bits(session, full);
     if (bits >= least) by_bits.emplace(bits, spec);
   }
@@ -75,25 +77,32 @@ bool CacheQuality::good() const { return mean_kl <= kMostKl && top1_agreement >=
 
 std::string SelfCheck::warning() const {
   if (quality.good()) return "";
-  const std::string advice =
-      better ? concat("--kv ", better->requested.to_string(), " was tried as well and is good (", percent(1.0 - better->top1_agreement),
-                      ", KL ", rounded(better->mean_kl), ")")
-             : concat("no packed format that was tried is good either; --kv ", kReferenceKv, " is the 16-bit cache itself");
+  const std::string advice = better
+                                 ? concat("--kv ", better->requested.to_string(), " was tried as well and is good (",
+                                          percent(1.0 - better->top1_agreement), ", KL ", rounded(better->mean_kl), ")")
+                                 : concat("no packed format that was tried is good either; --kv ", kReferenceKv,
+                                          " is the 16-bit cache itself");
   return concat("--kv ", quality.requested.to_string(), " does badly on this model, expect wrong answers: for ",
-                percent(1.0 - quality.top1_agreement), " of ", tokens, " tokens of a test text another next token is likeliest than with the ",
-                "16-bit cache, KL ", rounded(quality.mean_kl), " (good: up to ", percent(1.0 - kLeastAgreement), ", KL ", kMostKl, "). ", advice);
+                percent(1.0 - quality.top1_agreement), " of ", tokens,
+                " tokens of a test text another next token is likeliest than with the ", "16-bit cache, KL ",
+                rounded(quality.mean_kl), " (good: up to ", percent(1.0 - kLeastAgreement), ", KL ", kMostKl, "). ",
+                advice);
 }
 
-std::optional<SelfCheck> self_check(const Session& session, const KvBinding& binding, SelfCheckMode mode, const Progress& progress, StopFlag stop) {
-  if (mode == SelfCheckMode::kOff || (mode == SelfCheckMode::kAuto && least_bits(session, binding.used) >= kBitsBelow)) return std::nullopt;
+std::optional<SelfCheck> self_check(const Session& session, const KvBinding& binding, SelfCheckMode mode,
+                                    const Progress& progress, StopFlag stop) {
+  if (mode == SelfCheckMode::kOff || (mode == SelfCheckMode::kAuto && least_bits(session, binding.used) >= kBitsBelow))
+    return std::nullopt;
   const auto start = std::chrono::steady_clock::now();
   EvalOptions options;
   options.limit = 1;
   options.stop = stop;
-  if (progress) options.progress = [&](const std::string&, int64_t done, int64_t total) { progress("self-check", done, total); };
+  if (progress)
+    options.progress = [&](const std::string&, int64_t done, int64_t total) { progress("self-check", done, total); };
   const TextWindows text = cut_text(session, text_to_check(), kWindowLen);
   const auto quality_of = [](const PerplexityResult& result) {
-    return CacheQuality{.requested = result.requested, .mean_kl = result.mean_kl, .top1_agreement = result.top1_agreement};
+    return CacheQuality{
+        .requested = result.requested, .mean_kl = result.mean_kl, .top1_agreement = result.top1_agreement};
   };
   SelfCheck check;
   const PerplexityReport report = evaluate_perplexity(session, text, {binding}, options);
@@ -102,7 +111,8 @@ std::optional<SelfCheck> self_check(const Session& session, const KvBinding& bin
   if (!check.quality.good()) {
     for (const kv::KvSpec& spec : alternatives(session, binding)) {
       options.specs = {spec};
-      const CacheQuality other = quality_of(evaluate_perplexity(session, text, bind_all(session, options), options).results[0]);
+      const CacheQuality other =
+          quality_of(evaluate_perplexity(session, text, bind_all(session, options), options).results[0]);
       if (!other.good()) continue;
       check.better = other;
       break;

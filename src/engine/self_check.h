@@ -29,8 +29,9 @@ struct CacheQuality {
 
 struct SelfCheck {
   CacheQuality quality;
-  int64_t tokens = 0;                  ///< compared
-  std::optional<CacheQuality> better;  ///< where the quality is not good: the smallest format found good by the same check, if any was
+  int64_t tokens = 0;  ///< compared
+  std::optional<CacheQuality>
+      better;  ///< where the quality is not good: the smallest format found good by the same check, if any was
   double seconds = 0.0;
 
   /// What to tell the user: what was seen, what it means, what to take instead. Empty where the quality is good.
@@ -40,6 +41,7 @@ struct SelfCheck {
 /// Tries the cache of a binding where the mode asks for it: two runs over 384 tokens, one with the 16-bit cache, and another two for each
 /// recommended format (KvFormat::recommended) that is tried because the cache does badly.
 /// @throws Error of cache or model, Interrupted.
-std::optional<SelfCheck> self_check(const Session& session, const KvBinding& binding, SelfCheckMode mode, const Progress& progress, StopFlag stop);
+std::optional<SelfCheck> self_check(const Session& session, const KvBinding& binding, SelfCheckMode mode,
+                                    const Progress& progress, StopFlag stop);
 
 }  // namespace rotunda::engine

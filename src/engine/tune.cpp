@@ -17,14 +17,18 @@ kv::KvSpec with_one_layer(const kv::KvSpec& spec, int layer) {
   return mix;
 }
 
-EvalOptions evaluation(const TuneOptions& options, std::vector<kv::KvSpec> specs, const char* stage) {
+// @param round of `n_rounds` evaluations that are one stage to the user
+EvalOptions evaluation(const TuneOptions& options, std::vector<kv::KvSpec> specs, const char* stage, size_t round,
+                       size_t n_rounds) {
   EvalOptions made;
   made.specs = std::move(specs);
   made.calibration_file = options.calibration_file;
   made.limit = options.windows;
   made.stop = options.stop;
   if (options.progress) {
-    made.progress = [&options, stage](const std::string&, int64_t done, int64_t total) { options.progress(stage, done, total); };
+    made.progress = [=, &options](const std::string&, int64_t done, int64_t total) {
+      options.progress(stage, static_cast<int64_t>(round) * total + done, static_cast<int64_t>(n_rounds) * total);
+    };
   }
   return made;
 }
@@ -39,8 +43,8 @@ int64_t layer_bytes(const Session& session, const kv::KvSpec& spec, int64_t kv_l
 
 }  // namespace
 
-std::vector<size_t> choose_within(const std::vector<std::vector<int64_t>>& bytes, const std::vector<std::vector<double>>& cost,
-                                  int64_t budget_bytes) {
+std::vector<size_t> choose_within(const std::vector<std::vector<int64_t>>& bytes,
+                                  const std::vector<std::vector<double>>& cost, int64_t budget_bytes) {
   struct State {
     double cost = 0.0;
     std::vector<size_t> choice;
@@ -87,9 +91,11 @@ TuneReport tune(const Session& session, std::string_view text, const TuneOptions
   const model::CausalLmInfo& info = session.model->info();
   ROTUNDA_CHECK(options.windows > 0, "--windows: got ", options.windows, ", expected 1 or more");
   ROTUNDA_CHECK(options.kv_len >= 0, "--kv-len: got ", options.kv_len, ", expected 1 or more");
-  ROTUNDA_CHECK(options.candidates.size() >= 2, "--formats: got ", options.candidates.size(), ", expected two or more to choose from");
+  ROTUNDA_CHECK(options.candidates.size() >= 2, "--formats: got ", options.candidates.size(),
+                ", expected two or more to choose from");
   for (const kv::KvSpec& spec : options.candidates)
-    ROTUNDA_CHECK(spec.parts.empty(), "--formats: got the mix ", spec.to_string(), ", expected formats for single layers");
+    ROTUNDA_CHECK(spec.parts.empty(), "--formats: got the mix ", spec.to_string(),
+                  ", expected formats for single layers");
   TuneReport report;
   report.kv_len = options.kv_len > 0 ? options.kv_len : info.max_position_embeddings;
 
@@ -99,27 +105,33 @@ TuneReport tune(const Session& session, std::string_view text, const TuneOptions
   std::vector<int64_t> bytes;
   for (const kv::KvSpec& spec : options.candidates) {
     bytes.push_back(layer_bytes(session, spec, report.kv_len));
-    report.candidates.push_back({.spec = spec, .bits_per_element = 8.0 * static_cast<double>(bytes.back()) / layer_elements, .layer_kl = {}});
+    report.candidates.push_back(
+        {.spec = spec, .bits_per_element = 8.0 * static_cast<double>(bytes.back()) / layer_elements, .layer_kl = {}});
   }
   const auto smallest = std::min_element(bytes.begin(), bytes.end()) - bytes.begin();
   const double least = report.candidates[static_cast<size_t>(smallest)].bits_per_element;
   ROTUNDA_CHECK(options.budget >= least, "--budget: got ", options.budget, " bits, the smallest format, ",
-                report.candidates[static_cast<size_t>(smallest)].spec.to_string(), ", takes ", least, " at ", report.kv_len, " tokens");
-  const auto budget_bytes = static_cast<int64_t>(std::min(options.budget * layer_elements * static_cast<double>(n_layers) / 8.0, 9e18));
+                report.candidates[static_cast<size_t>(smallest)].spec.to_string(), ", takes ", least, " at ",
+                report.kv_len, " tokens");
+  const auto budget_bytes =
+      static_cast<int64_t>(std::min(options.budget * layer_elements * static_cast<double>(n_layers) / 8.0, 9e18));
 
   const TextWindows windows = cut_text(session, text, options.window_len);
-  ROTUNDA_CHECK(windows.n_windows >= 2 * options.windows, "the text has ", windows.n_windows, " windows of ", windows.window_len,
-                " tokens, expected ", 2 * options.windows, ": --windows to measure on and as many to check on");
-  std::vector<kv::KvSpec> specs;
-  for (const kv::KvSpec& candidate : options.candidates)
-    for (size_t layer = 0; layer < n_layers; ++layer) specs.push_back(with_one_layer(candidate, static_cast<int>(layer)));
-  const EvalOptions measuring = evaluation(options, specs, "measuring layers");
-  const PerplexityReport measured = evaluate_perplexity(session, windows, bind_all(session, measuring), measuring);
-  if (measured.interrupted) throw Interrupted();
+  ROTUNDA_CHECK(windows.n_windows >= 2 * options.windows, "the text has ", windows.n_windows, " windows of ",
+                windows.window_len, " tokens, expected ", 2 * options.windows,
+                ": --windows to measure on and as many to check on");
+  // One candidate after the other: the models of one round share all but what their one layer fuses.
   std::vector<std::vector<double>> cost(n_layers);
   for (size_t c = 0; c < report.candidates.size(); ++c) {
+    std::vector<kv::KvSpec> mixes;
+    for (int layer = 0; layer < info.kv.n_layers; ++layer)
+      mixes.push_back(with_one_layer(options.candidates[c], layer));
+    const EvalOptions measuring =
+        evaluation(options, std::move(mixes), "measuring layers", c, report.candidates.size());
+    const PerplexityReport measured = evaluate_perplexity(session, windows, bind_all(session, measuring), measuring);
+    if (measured.interrupted) throw Interrupted();
     for (size_t layer = 0; layer < n_layers; ++layer) {
-      cost[layer].push_back(measured.results[c * n_layers + layer].mean_kl);
+      cost[layer].push_back(measured.results[layer].mean_kl);
       report.candidates[c].layer_kl.push_back(cost[layer].back());
     }
   }
@@ -134,9 +146,9 @@ TuneReport tune(const Session& session, std::string_view text, const TuneOptions
   report.bits_per_element = 8.0 * static_cast<double>(sum_bytes) / (layer_elements * static_cast<double>(n_layers));
   report.spec = spec_of_layers(options.candidates, report.choice);
 
-  specs = {report.spec};
+  std::vector<kv::KvSpec> specs = {report.spec};
   specs.insert(specs.end(), options.candidates.begin(), options.candidates.end());
-  const EvalOptions checking = evaluation(options, specs, "checking the choice");
+  const EvalOptions checking = evaluation(options, std::move(specs), "checking the choice", 0, 1);
   report.check = evaluate_perplexity(session, windows, bind_all(session, checking), checking, options.windows);
   if (report.check.interrupted) throw Interrupted();
   return report;

@@ -11,7 +11,7 @@
 namespace rotunda::engine {
 
 struct TuneOptions {
-  double budget = 0.0;                 ///< bits per element on average, everything allocated for a sequence of kv_len tokens counted
+  double budget = 0.0;  ///< bits per element on average, everything allocated for a sequence of kv_len tokens counted
   std::vector<kv::KvSpec> candidates;  ///< that a layer may have; at least two, no mixes
   int64_t kv_len = 0;                  ///< 0: the trained context
   int64_t windows = 2;                 ///< to measure the layers on, and as many behind them to check the result on
@@ -30,8 +30,8 @@ struct TuneCandidate {
 
 struct TuneReport {
   std::vector<TuneCandidate> candidates;
-  std::vector<size_t> choice;  ///< [n_layers] index of the candidate
-  kv::KvSpec spec;             ///< the mix, or the one format that all layers got
+  std::vector<size_t> choice;     ///< [n_layers] index of the candidate
+  kv::KvSpec spec;                ///< the mix, or the one format that all layers got
   double bits_per_element = 0.0;  ///< of it at kv_len
   double predicted_kl = 0.0;      ///< sum of the layers' KL
   int64_t kv_len = 0;
@@ -46,8 +46,8 @@ TuneReport tune(const Session& session, std::string_view text, const TuneOptions
 
 /// The choice of least total cost whose bytes are at most `budget_bytes`; of equals the one of fewest bytes.
 /// @param bytes [n_layers][n_candidates]   @param cost the same   @return [n_layers]; empty where even the smallest choice is too large
-std::vector<size_t> choose_within(const std::vector<std::vector<int64_t>>& bytes, const std::vector<std::vector<double>>& cost,
-                                  int64_t budget_bytes);
+std::vector<size_t> choose_within(const std::vector<std::vector<int64_t>>& bytes,
+                                  const std::vector<std::vector<double>>& cost, int64_t budget_bytes);
 
 /// A spec with candidates[choice[l]] in layer l, the commonest as the format of the rest.
 kv::KvSpec spec_of_layers(const std::vector<kv::KvSpec>& candidates, const std::vector<size_t>& choice);

@@ -17,8 +17,8 @@ ops::TensorBundle KvFormat::calibration_of_layers(const ops::TensorBundle& calib
   ops::TensorBundle made = calibration;
   const at::Tensor rows = at::tensor(std::vector<int64_t>(layers.begin(), layers.end()), at::kLong);
   for (auto& [name, tensor] : made.tensors) {
-    ROTUNDA_CHECK(tensor.dim() > 0 && tensor.size(0) == model.n_layers, calibration.origin, ": tensor ", name, " has shape ",
-                  tensor.sizes(), ", expected ", model.n_layers, " layers");
+    ROTUNDA_CHECK(tensor.dim() > 0 && tensor.size(0) == model.n_layers, calibration.origin, ": tensor ", name,
+                  " has shape ", tensor.sizes(), ", expected ", model.n_layers, " layers");
     tensor = tensor.index_select(0, rows);
   }
   return made;

@@ -84,9 +84,11 @@ class KvFormat {
 
   /// Whether fuse() changes anything. Where it does not, the projections need not be read and cast for it at load.
   virtual bool fuses_projections() const { return false; }
+  /// The same of one layer, for a format that treats layers differently.
+  virtual bool fuses_layer(const KvSpec&, const KvModel&, int /*layer*/) const { return fuses_projections(); }
   /// Folds what the format wants into the projections of one layer: fp32 tensors in, fp32 out; the caller casts them back.
-  /// A cache made of the same spec expects keys and values of such fused projections. Called only where fuses_projections(),
-  /// for every layer once, in any order.
+  /// A cache made of the same spec expects keys and values of such fused projections. Called only where fuses_layer(),
+  /// for every such layer once, in any order.
   /// @param setup holds the calibration, if any; the format adds what make_cache will want to know of this layer's weights
   /// @throws Error{kUser} for weights that the format cannot do its work on, or a calibration that does not fit.
   virtual void fuse(const KvSpec&, const KvModel&, int /*layer*/, ProjectionWeights&, ops::TensorBundle& /*setup*/) const {}

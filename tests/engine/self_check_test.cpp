@@ -69,8 +69,9 @@ TEST(SelfCheckTest, LargeKeyBiasesAreWarnedOfWhereTheyHurtAndOnlyThere) {
   ASSERT_TRUE(bad.better.has_value());
   EXPECT_EQ(bad.better->requested.to_string(), "rotunda2");
   EXPECT_EQ(bad.better->mean_kl, good.quality.mean_kl) << "the advice was tried";
-  EXPECT_THAT(bad.warning(), AllOf(HasSubstr("--kv rotunda2:balance=none,shift=none does badly on this model"), HasSubstr("of 383 tokens"),
-                                   HasSubstr("--kv rotunda2 was tried as well and is good")));
+  EXPECT_THAT(bad.warning(),
+              AllOf(HasSubstr("--kv rotunda2:balance=none,shift=none does badly on this model"),
+                    HasSubstr("of 383 tokens"), HasSubstr("--kv rotunda2 was tried as well and is good")));
   EXPECT_EQ(bad.warning().find('\n'), std::string::npos);
 }
 
@@ -94,14 +95,16 @@ TEST(SelfCheckTest, WhereNothingPackedIsGoodTheAdviceIsTheCacheItself) {
   const SelfCheck bad = check(toy::make_session(), "rotunda2");
   ASSERT_FALSE(bad.quality.good());
   EXPECT_FALSE(bad.better.has_value());
-  EXPECT_THAT(bad.warning(), HasSubstr("no packed format that was tried is good either; --kv bf16 is the 16-bit cache itself"));
+  EXPECT_THAT(bad.warning(),
+              HasSubstr("no packed format that was tried is good either; --kv bf16 is the 16-bit cache itself"));
 }
 
 TEST(SelfCheckTest, ModesAndStops) {
   EXPECT_EQ(parse_self_check("on"), SelfCheckMode::kOn);
   EXPECT_EQ(parse_self_check("off"), SelfCheckMode::kOff);
   EXPECT_EQ(parse_self_check("auto"), SelfCheckMode::kAuto);
-  EXPECT_THAT(toy::error_of([] { parse_self_check("yes"); }), HasSubstr("--self-check: got 'yes', expected on, off or auto"));
+  EXPECT_THAT(toy::error_of([] { parse_self_check("yes"); }),
+              HasSubstr("--self-check: got 'yes', expected on, off or auto"));
   const Session session = toy::make_session();
   std::atomic<bool> stop{true};
   EXPECT_THROW(self_check(session, toy::bind(session, "rotunda2"), SelfCheckMode::kOn, {}, &stop), Interrupted);

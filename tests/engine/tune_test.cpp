@@ -59,7 +59,8 @@ TEST(TuneTest, TheChoiceIsTheBestThereIs) {
 
 TEST(TuneTest, TheSpecHasTheCommonestFormatForTheRest) {
   const std::vector<kv::KvSpec> candidates = kv::parse_kv_specs("rotunda2,rotunda3:values=2,bf16");
-  EXPECT_EQ(spec_of_layers(candidates, {1, 0, 0, 1, 2, 0}).to_string(), "layers 0,3=rotunda3:values=2;layers 4=bf16;rotunda2");
+  EXPECT_EQ(spec_of_layers(candidates, {1, 0, 0, 1, 2, 0}).to_string(),
+            "layers 0,3=rotunda3:values=2;layers 4=bf16;rotunda2");
   EXPECT_EQ(spec_of_layers(candidates, {1, 1, 1}).to_string(), "rotunda3:values=2");
 }
 
@@ -106,10 +107,12 @@ TEST(TuneTest, RefusesWhatCannotBeTuned) {
     return toy::error_of([&] { tune(session, builtin_calibration_text().substr(0, text_bytes), options); });
   };
   EXPECT_THAT(error_of([](auto& o) { o.candidates.pop_back(); }), HasSubstr("--formats: got 1, expected two or more"));
-  EXPECT_THAT(error_of([](auto& o) { o.candidates[0] = kv::parse_kv_spec("layers 0=bf16;rotunda2"); }), HasSubstr("--formats: got the mix"));
+  EXPECT_THAT(error_of([](auto& o) { o.candidates[0] = kv::parse_kv_spec("layers 0=bf16;rotunda2"); }),
+              HasSubstr("--formats: got the mix"));
   EXPECT_THAT(error_of([](auto& o) { o.windows = 0; }), HasSubstr("--windows: got 0"));
   EXPECT_THAT(error_of([](auto& o) { o.kv_len = -1; }), HasSubstr("--kv-len: got -1"));
-  EXPECT_THAT(error_of([](auto& o) { o.budget = std::numeric_limits<double>::quiet_NaN(); }), HasSubstr("--budget: got nan"));
+  EXPECT_THAT(error_of([](auto& o) { o.budget = std::numeric_limits<double>::quiet_NaN(); }),
+              HasSubstr("--budget: got nan"));
   EXPECT_THAT(error_of([](auto&) {}, 600), HasSubstr("the text has 1 windows of 512 tokens, expected 2"));
   std::atomic<bool> stop{true};
   TuneOptions options;

@@ -99,7 +99,7 @@ class FusedCache {
     const KvSpec used = format.resolved(spec, model, calibration_.tensors.empty() ? nullptr : &calibration_);
     for (int layer = 0; layer < model.n_layers; ++layer) {
       ProjectionWeights weights = original ? original(layer) : identity_projections(model);
-      if (format.fuses_projections()) format.fuse(used, model, layer, weights, setup);
+      if (format.fuses_layer(used, model, layer)) format.fuse(used, model, layer, weights, setup);
       weights_.push_back(std::move(weights));
     }
     cache_ = format.make_cache(used, model, setup);

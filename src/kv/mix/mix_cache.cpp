@@ -89,7 +89,8 @@ class MixCache final : public KvCache {
 
   SeqId import_sequence(const ops::TensorBundle& bundle) override {
     for (const auto& [key, value] : saved_header())
-      ROTUNDA_CHECK(bundle.meta(key) == value, bundle.origin, ": ", key, " is ", bundle.meta(key), ", this cache has ", value);
+      ROTUNDA_CHECK(bundle.meta(key) == value, bundle.origin, ": ", key, " is ", bundle.meta(key), ", this cache has ",
+                    value);
     const SeqId seq = add([&](size_t part) {
       ops::TensorBundle own = bundle.part(part_prefix(part));
       own.origin = concat(bundle.origin, ", ", part_prefix(part));
@@ -99,7 +100,8 @@ class MixCache final : public KvCache {
       const int64_t first = kv_len(seq), other = caches_[part]->kv_len(ids(seq)[part]);
       if (first == other) continue;
       release(seq);
-      throw_user_error(concat(bundle.origin, ": ", part_prefix(part), " holds ", other, " tokens, ", part_prefix(0), " ", first));
+      throw_user_error(
+          concat(bundle.origin, ": ", part_prefix(part), " holds ", other, " tokens, ", part_prefix(0), " ", first));
     }
     return seq;
   }
@@ -139,7 +141,8 @@ class MixCache final : public KvCache {
   KvModel model_;
   std::vector<std::unique_ptr<KvCache>> caches_;  // one per part
   std::vector<MixPlace> places_;                  // [n_layers]
-  std::map<SeqId, std::vector<SeqId>> sequences_;  // what each part calls the sequence; a part's failed import may leave them apart
+  std::map<SeqId, std::vector<SeqId>>
+      sequences_;  // what each part calls the sequence; a part's failed import may leave them apart
   SeqId next_seq_ = 0;
 };
 

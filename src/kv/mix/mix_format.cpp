@@ -34,11 +34,13 @@ std::optional<std::string> MixFormat::unsupported_reason(const KvSpec& spec, con
 
 CalibrationUse MixFormat::calibration_use(const KvSpec& spec) const {
   CalibrationUse most = CalibrationUse::kNone;
-  for (const KvSpecPart& part : spec.parts) most = std::max(most, kv_registry().get(part.spec).calibration_use(part.spec));
+  for (const KvSpecPart& part : spec.parts)
+    most = std::max(most, kv_registry().get(part.spec).calibration_use(part.spec));
   return most;
 }
 
-void MixFormat::check_calibration(const KvSpec& spec, const KvModel& model, const ops::TensorBundle& calibration) const {
+void MixFormat::check_calibration(const KvSpec& spec, const KvModel& model,
+                                  const ops::TensorBundle& calibration) const {
   for (const MixPart& part : MixPlan(spec, model).parts) {
     const ops::TensorBundle own = part_calibration(part, model, calibration);
     if (!own.tensors.empty()) part.format->check_calibration(part.spec, part.model, own);
@@ -48,17 +50,25 @@ void MixFormat::check_calibration(const KvSpec& spec, const KvModel& model, cons
 KvSpec MixFormat::resolved(const KvSpec& spec, const KvModel& model, const ops::TensorBundle* calibration) const {
   MixPlan plan(spec, model);
   for (MixPart& part : plan.parts) {
-    const ops::TensorBundle own = calibration == nullptr ? ops::TensorBundle() : part_calibration(part, model, *calibration);
+    const ops::TensorBundle own =
+        calibration == nullptr ? ops::TensorBundle() : part_calibration(part, model, *calibration);
     part.spec = part.format->resolved(part.spec, part.model, own.tensors.empty() ? nullptr : &own);
   }
   return MixPlan(plan.spec(), model).spec();
 }
 
-void MixFormat::fuse(const KvSpec& spec, const KvModel& model, int layer, ProjectionWeights& weights, ops::TensorBundle& setup) const {
+bool MixFormat::fuses_layer(const KvSpec& spec, const KvModel& model, int layer) const {
   const MixPlan plan(spec, model);
   const MixPlace& place = plan.places[static_cast<size_t>(layer)];
   const MixPart& part = plan.parts[static_cast<size_t>(place.part)];
-  if (!part.format->fuses_projections()) return;
+  return part.format->fuses_layer(part.spec, part.model, place.layer);
+}
+
+void MixFormat::fuse(const KvSpec& spec, const KvModel& model, int layer, ProjectionWeights& weights,
+                     ops::TensorBundle& setup) const {
+  const MixPlan plan(spec, model);
+  const MixPlace& place = plan.places[static_cast<size_t>(layer)];
+  const MixPart& part = plan.parts[static_cast<size_t>(place.part)];
   const ops::TensorBundle calibration = part_calibration(part, model, setup);
   ops::TensorBundle made = calibration;
   part.format->fuse(part.spec, part.model, place.layer, weights, made);
@@ -69,11 +79,13 @@ void MixFormat::fuse(const KvSpec& spec, const KvModel& model, int layer, Projec
 
 int64_t MixFormat::planned_bytes(const KvSpec& spec, const KvModel& model, int64_t kv_len) const {
   int64_t bytes = 0;
-  for (const MixPart& part : MixPlan(spec, model).parts) bytes += part.format->planned_bytes(part.spec, part.model, kv_len);
+  for (const MixPart& part : MixPlan(spec, model).parts)
+    bytes += part.format->planned_bytes(part.spec, part.model, kv_len);
   return bytes;
 }
 
-std::unique_ptr<KvCache> MixFormat::make_cache(const KvSpec& spec, const KvModel& model, const ops::TensorBundle& setup) const {
+std::unique_ptr<KvCache> MixFormat::make_cache(const KvSpec& spec, const KvModel& model,
+                                               const ops::TensorBundle& setup) const {
   const MixPlan plan(spec, model);
   std::vector<std::unique_ptr<KvCache>> caches;
   for (size_t i = 0; i < plan.parts.size(); ++i) {

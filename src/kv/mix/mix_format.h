@@ -19,11 +19,13 @@ class MixFormat : public KvFormat {
   void check_calibration(const KvSpec& spec, const KvModel& model, const ops::TensorBundle& calibration) const override;
   /// Layers by plain numbers, and parts that have come to the same spec as one.
   KvSpec resolved(const KvSpec& spec, const KvModel& model, const ops::TensorBundle* calibration) const override;
-  bool fuses_projections() const override { return true; }
+  bool fuses_layer(const KvSpec& spec, const KvModel& model, int layer) const override;
   /// What part p leaves stands in `setup` under "part.p/".
-  void fuse(const KvSpec& spec, const KvModel& model, int layer, ProjectionWeights& weights, ops::TensorBundle& setup) const override;
+  void fuse(const KvSpec& spec, const KvModel& model, int layer, ProjectionWeights& weights,
+            ops::TensorBundle& setup) const override;
   int64_t planned_bytes(const KvSpec& spec, const KvModel& model, int64_t kv_len) const override;
-  std::unique_ptr<KvCache> make_cache(const KvSpec& spec, const KvModel& model, const ops::TensorBundle& setup) const override;
+  std::unique_ptr<KvCache> make_cache(const KvSpec& spec, const KvModel& model,
+                                      const ops::TensorBundle& setup) const override;
 };
 
 }  // namespace rotunda::kv::mix

@@ -24,7 +24,8 @@ std::vector<int> assign(const KvSpec& spec, const KvModel& model) {
     if (spec.parts[i].layers.empty()) rest = static_cast<int>(i);
     for (const LayerRange& range : spec.parts[i].layers) {
       const int first = absolute(range.first, model, spec), last = absolute(range.last, model, spec);
-      ROTUNDA_CHECK(first <= last, "kv spec '", spec.to_string(), "': layers ", range.first, "-", range.last, " end before they begin");
+      ROTUNDA_CHECK(first <= last, "kv spec '", spec.to_string(), "': layers ", range.first, "-", range.last,
+                    " end before they begin");
       for (int layer = first; layer <= last; ++layer) {
         int& part = part_of[static_cast<size_t>(layer)];
         ROTUNDA_CHECK(part == kNone, "kv spec '", spec.to_string(), "': layer ", layer, " is named twice");
@@ -33,8 +34,8 @@ std::vector<int> assign(const KvSpec& spec, const KvModel& model) {
     }
   }
   const auto open = std::find(part_of.begin(), part_of.end(), kNone);
-  ROTUNDA_CHECK(open == part_of.end() || rest != kNone, "kv spec '", spec.to_string(), "': layer ", open - part_of.begin(),
-                " has no format, expected '; FORMAT' at the end for the remaining layers");
+  ROTUNDA_CHECK(open == part_of.end() || rest != kNone, "kv spec '", spec.to_string(), "': layer ",
+                open - part_of.begin(), " has no format, expected '; FORMAT' at the end for the remaining layers");
   ROTUNDA_CHECK(open != part_of.end() || rest == kNone, "kv spec '", spec.to_string(), "': no layer remains for ",
                 spec.parts.back().spec.to_string());
   std::replace(part_of.begin(), part_of.end(), kNone, rest);
@@ -49,7 +50,8 @@ MixPlan::MixPlan(const KvSpec& spec, const KvModel& model) : places(static_cast<
     const KvSpec& part_spec = spec.parts[i].spec;
     auto part = std::find_if(parts.begin(), parts.end(), [&](const MixPart& other) { return other.spec == part_spec; });
     if (part == parts.end())
-      part = parts.insert(parts.end(), {.spec = part_spec, .format = &kv_registry().get(part_spec), .layers = {}, .model = model});
+      part = parts.insert(parts.end(),
+                          {.spec = part_spec, .format = &kv_registry().get(part_spec), .layers = {}, .model = model});
     for (int layer = 0; layer < model.n_layers; ++layer)
       if (part_of[static_cast<size_t>(layer)] == static_cast<int>(i)) part->layers.push_back(layer);
   }

@@ -9,8 +9,8 @@ namespace rotunda::kv::mix {
 namespace {
 
 using ::testing::AllOf;
-using ::testing::HasSubstr;
 using testing::FusedCache;
+using ::testing::HasSubstr;
 using testing::Text;
 
 KvModel model_of(int n_layers) {
@@ -28,7 +28,8 @@ TEST(MixTest, EveryLayerIsThatOfItsFormatAlone) {
   const KvModel model = model_of(5);
   const Text text = testing::random_text(model, 200, 3);
   FusedCache mix("layers 0,-1=bf16;layers 2=rotate2:recent=16;rotunda2:recent=0", model);
-  const std::vector<std::string> alone = {"bf16", "rotunda2:recent=0", "rotate2:recent=16", "rotunda2:recent=0", "bf16"};
+  const std::vector<std::string> alone = {"bf16", "rotunda2:recent=0", "rotate2:recent=16", "rotunda2:recent=0",
+                                          "bf16"};
   const auto run = [&](FusedCache& fused) {
     const SeqId seq = fused.cache().create();
     std::vector<at::Tensor> outs = {fused.step({{seq, &text, 0, 180}})};
@@ -46,10 +47,13 @@ TEST(MixTest, CalibrationsReachTheirLayers) {
   // Layers whose means differ: a slice of the wrong layer would be another shift and another order of channels.
   const KvModel model = model_of(4);
   const Text text = testing::random_text(model, 150, 4);
-  FusedCache mix("layers 1,3=rotunda2:shift=mean,balance=calibrated,feedback=calibrated,recent=0;rotate2:recent=0", model);
+  FusedCache mix("layers 1,3=rotunda2:shift=mean,balance=calibrated,feedback=calibrated,recent=0;rotate2:recent=0",
+                 model);
   FusedCache house("rotunda2:shift=mean,balance=calibrated,feedback=calibrated,recent=0", model);
   FusedCache rotate("rotate2:recent=0", model);
-  const auto run = [&](FusedCache& fused) { return fused.step({{fused.cache().create(), &text, 0, 150}}, StepKind::kQuantizeAll); };
+  const auto run = [&](FusedCache& fused) {
+    return fused.step({{fused.cache().create(), &text, 0, 150}}, StepKind::kQuantizeAll);
+  };
   const at::Tensor mixed = run(mix), by_house = run(house), by_rotate = run(rotate);
   for (const int layer : {1, 3}) EXPECT_TRUE(mixed[layer].equal(by_house[layer])) << layer;
   for (const int layer : {0, 2}) EXPECT_TRUE(mixed[layer].equal(by_rotate[layer])) << layer;
@@ -58,13 +62,15 @@ TEST(MixTest, CalibrationsReachTheirLayers) {
 TEST(MixTest, LayersThatDoNotFitTheModelAreNamed) {
   EXPECT_EQ(reason("layers 0,-1=bf16;rotunda2", 12), "");
   EXPECT_EQ(reason("layers 0-5=bf16;layers -6--1=rotunda2", 12), "");
-  EXPECT_THAT(reason("layers 12=bf16;rotunda2", 12), HasSubstr("layer 12, the model has layers 0 to 11 (or -12 to -1)"));
+  EXPECT_THAT(reason("layers 12=bf16;rotunda2", 12),
+              HasSubstr("layer 12, the model has layers 0 to 11 (or -12 to -1)"));
   EXPECT_THAT(reason("layers -13=bf16;rotunda2", 12), HasSubstr("layer -13, the model has"));
   EXPECT_THAT(reason("layers 0-2147483647=bf16;rotunda2", 12), HasSubstr("layer 2147483647"));
   EXPECT_THAT(reason("layers 3-1=bf16;rotunda2", 12), HasSubstr("layers 3-1 end before they begin"));
   EXPECT_THAT(reason("layers 0,11=bf16;layers -1=fp16;rotunda2", 12), HasSubstr("layer 11 is named twice"));
   EXPECT_THAT(reason("layers 0-3,2=bf16;rotunda2", 12), HasSubstr("layer 2 is named twice"));
-  EXPECT_THAT(reason("layers 0=bf16;layers 2=rotunda2", 12), HasSubstr("layer 1 has no format, expected '; FORMAT' at the end"));
+  EXPECT_THAT(reason("layers 0=bf16;layers 2=rotunda2", 12),
+              HasSubstr("layer 1 has no format, expected '; FORMAT' at the end"));
   EXPECT_THAT(reason("layers 0-11=bf16;rotunda2", 12), HasSubstr("no layer remains for rotunda2"));
   KvModel odd = testing::small_model(2, 2, 40);
   const KvSpec spec = parse_kv_spec("layers 0=bf16;rotunda2");
