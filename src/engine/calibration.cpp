@@ -72,7 +72,7 @@ ops::TensorBundle calibrate(const Session& session, std::string_view text, const
   if (static_cast<int64_t>(tokens.size()) > options.max_tokens) tokens.resize(static_cast<size_t>(options.max_tokens));
 
   const kv::KvSpec reference = kv::parse_kv_spec(kReferenceKv);
-  const auto cache = session.formats->get(reference.format).make_cache(reference, kv_model, {});
+  const auto cache = session.formats->get(reference).make_cache(reference, kv_model, {});
   ObservingCache observing(*cache, [&](int layer, const kv::AttendInput& in) {
     for (const auto& calibrator : calibrators) calibrator->observe(layer, in);
   });
@@ -88,9 +88,7 @@ ops::TensorBundle calibrate(const Session& session, std::string_view text, const
 
   ops::TensorBundle file;
   for (size_t i = 0; i < names.size(); ++i) {
-    const ops::TensorBundle part = calibrators[i]->finish();
-    for (const auto& [name, tensor] : part.tensors) file.tensors[names[i] + "/" + name] = tensor;
-    for (const auto& [key, value] : part.metadata) file.metadata[names[i] + "/" + key] = value;
+    file.add(names[i] + "/", calibrators[i]->finish());
   }
   file.metadata["rotunda.kind"] = kKind;
   file.metadata["rotunda.version"] = std::to_string(kVersion);
@@ -108,15 +106,7 @@ ops::TensorBundle calibration_for(const ops::TensorBundle& file, const kv::KvFor
                 file.meta("rotunda.version"), ", expected ", kVersion);
   ROTUNDA_CHECK(file.meta("rotunda.weights_hash") == weights_hash, file.origin, ": made for other weights: hash ",
                 file.meta("rotunda.weights_hash").substr(0, 12), "..., this model has ", weights_hash.substr(0, 12), "...");
-  const std::string prefix = format.calibration_name() + "/";
-  ops::TensorBundle part;
-  part.origin = file.origin;
-  for (const auto& [name, tensor] : file.tensors) {
-    if (name.starts_with(prefix)) part.tensors[name.substr(prefix.size())] = tensor;
-  }
-  for (const auto& [key, value] : file.metadata) {
-    if (key.starts_with(prefix)) part.metadata[key.substr(prefix.size())] = value;
-  }
+  ops::TensorBundle part = file.part(format.calibration_name() + "/");
   ROTUNDA_CHECK(!part.tensors.empty() || !part.metadata.empty(), file.origin, ": has no calibration for ", format.name(),
                 ", it was made for: ", file.meta("rotunda.formats"));
   return part;
@@ -128,7 +118,7 @@ std::filesystem::path builtin_calibration_path(const std::string& weights_hash, 
 
 ops::TensorBundle builtin_calibration(const Session& session, const kv::KvSpec& spec, const Progress& progress, StopFlag stop) {
   const std::string& hash = session.model->weights_hash();
-  const kv::KvFormat& format = session.formats->get(spec.format);
+  const kv::KvFormat& format = session.formats->get(spec);
   const std::filesystem::path path = builtin_calibration_path(hash, format.calibration_name());
   std::error_code ignored;
   if (std::filesystem::exists(path, ignored)) {
@@ -159,6 +149,30 @@ ops::TensorBundle builtin_calibration(const Session& session, const kv::KvSpec& 
     ROTUNDA_LOG_WARN("the calibration is not kept: {}", error.what());
   }
   return calibration_for(file, format, hash);
+}
+
+std::optional<ops::TensorBundle> find_calibration(const Session& session, const kv::KvSpec& spec,
+                                                  const std::optional<std::filesystem::path>& file, const Progress& progress, StopFlag stop) {
+  std::optional<ops::TensorBundle> read;
+  const auto of_one = [&](const kv::KvSpec& one) -> std::optional<ops::TensorBundle> {
+    const kv::KvFormat& format = session.formats->get(one);
+    const kv::CalibrationUse use = format.calibration_use(one);
+    if (use != kv::CalibrationUse::kNone && file) {
+      if (!read) read = io::read_bundle(*file);
+      return calibration_for(*read, format, session.model->weights_hash());
+    }
+    if (use == kv::CalibrationUse::kRequired) return builtin_calibration(session, one, progress, stop);
+    return std::nullopt;
+  };
+  if (spec.parts.empty()) return of_one(spec);
+  std::optional<ops::TensorBundle> all;
+  for (const kv::KvSpecPart& part : spec.parts) {
+    const auto found = of_one(part.spec);
+    if (!found) continue;
+    if (!all) all.emplace().origin = found->origin;
+    all->add(session.formats->get(part.spec).calibration_name() + "/", *found);
+  }
+  return all;
 }
 
 std::string fingerprint(const ops::TensorBundle& bundle) {

@@ -2,6 +2,7 @@
 
 #include <cstdint>
 #include <filesystem>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -29,6 +30,12 @@ ops::TensorBundle calibrate(const Session& session, std::string_view text, const
 /// What one format gets of a calibration file.
 /// @throws Error{kUser} naming the file where it is no calibration, was made for other weights, or lacks the format.
 ops::TensorBundle calibration_for(const ops::TensorBundle& file, const kv::KvFormat& format, const std::string& weights_hash);
+
+/// All that the formats of a spec get of a calibration: of `file`, or, without one, built-in where a format cannot do without. Of a mix
+/// each format's under "<KvFormat::calibration_name>/". Nothing where no format gets any.
+/// @param spec with nothing left to defaults   @throws as calibration_for and builtin_calibration
+std::optional<ops::TensorBundle> find_calibration(const Session& session, const kv::KvSpec& spec,
+                                                  const std::optional<std::filesystem::path>& file, const Progress& progress, StopFlag stop);
 
 /// A file for the format, made on first use from the text that the product ships and kept in the user's cache folder; a
 /// log line says so. One that is damaged or does not fit is made anew. Where the folder cannot be written, a warning says

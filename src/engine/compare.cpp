@@ -173,11 +173,10 @@ class Comparison {
   }
 
   void measure_perplexity() {
-    PerplexityOptions options;
-    static_cast<EvalOptions&>(options) = options_;
+    EvalOptions options = options_;
     options.limit = options_.windows;
-    options.window_len = options_.window_len;
-    const PerplexityReport perplexity = evaluate_perplexity(session_, bindings_, text_, options);
+    const TextWindows windows = cut_text(session_, text_, options_.window_len);
+    const PerplexityReport perplexity = evaluate_perplexity(session_, windows, bindings_, options);
     if (perplexity.interrupted) throw Interrupted();
     report_.window_len = perplexity.window_len;
     report_.scored_tokens = perplexity.scored_tokens;

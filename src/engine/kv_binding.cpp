@@ -7,7 +7,6 @@
 #include "base/env.h"
 #include "base/log.h"
 #include "engine/calibration.h"
-#include "io/safetensors.h"
 
 namespace rotunda::engine {
 
@@ -20,17 +19,12 @@ KvBinding bind_kv(const Session& session, const kv::KvSpec& spec, const std::opt
   check_specs(*session.formats, {spec}, session.model->info().kv);
   KvBinding binding;
   binding.requested = spec;
-  binding.format = &session.formats->get(spec.format);
-  binding.used = canonical_spec(*binding.format, spec);
-  const kv::CalibrationUse use = binding.format->calibration_use(binding.used);
-  if (use != kv::CalibrationUse::kNone && calibration_file) {
-    binding.calibration = calibration_for(io::read_bundle(*calibration_file), *binding.format, session.model->weights_hash());
-  } else if (use == kv::CalibrationUse::kRequired) {
-    binding.calibration = builtin_calibration(session, binding.used, progress, stop);
-  } else if (calibration_file) {
-    ROTUNDA_LOG_INFO("{} needs no calibration: {} is not read", spec.format, calibration_file->string());
-  }
-  binding.used = binding.format->resolved(binding.used, binding.calibration.has_value());
+  binding.format = &session.formats->get(spec);
+  binding.used = binding.format->with_defaults(spec);
+  if (calibration_file && binding.format->calibration_use(binding.used) == kv::CalibrationUse::kNone)
+    ROTUNDA_LOG_INFO("{} needs no calibration: {} is not read", spec.to_string(), calibration_file->string());
+  binding.calibration = find_calibration(session, binding.used, calibration_file, progress, stop);
+  binding.used = binding.format->resolved(binding.used, session.model->info().kv, binding.calibration ? &*binding.calibration : nullptr);
   if (binding.calibration) binding.setup = *binding.calibration;
   binding.model = session.model->with_kv_format(*binding.format, binding.used, binding.setup);
   return binding;

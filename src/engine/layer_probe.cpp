@@ -90,7 +90,7 @@ class ComparingCache final : public CacheDecorator {
 /// The 16-bit cache over the model as loaded, for looking at what the model itself does.
 std::unique_ptr<kv::KvCache> reference_cache(const Session& session) {
   const kv::KvSpec spec = kv::parse_kv_spec(kReferenceKv);
-  return session.formats->get(spec.format).make_cache(spec, session.model->info().kv, {});
+  return session.formats->get(spec).make_cache(spec, session.model->info().kv, {});
 }
 
 void observe(const model::CausalLm& model, kv::KvCache& cache, std::span<const int64_t> tokens, StopFlag stop,

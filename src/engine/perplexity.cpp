@@ -97,52 +97,59 @@ PerplexityResult to_result(const KvBinding& binding, const Gathered& gathered, i
   return result;
 }
 
-int64_t checked_window_len(const Session& session, const PerplexityOptions& options) {
+int64_t checked_window_len(const Session& session, std::optional<int64_t> window_len) {
   const int64_t trained = session.model->info().max_position_embeddings;
-  if (!options.window_len) return trained > 0 ? std::min(kDefaultWindowLen, trained) : kDefaultWindowLen;
-  ROTUNDA_CHECK(*options.window_len >= 2, "--window-len: got ", *options.window_len, ", expected 2 or more");
-  if (trained > 0 && *options.window_len > trained) {
-    ROTUNDA_LOG_WARN("windows of {} tokens are longer than the {} that the model was trained for", *options.window_len, trained);
+  if (!window_len) return trained > 0 ? std::min(kDefaultWindowLen, trained) : kDefaultWindowLen;
+  ROTUNDA_CHECK(*window_len >= 2, "--window-len: got ", *window_len, ", expected 2 or more");
+  if (trained > 0 && *window_len > trained) {
+    ROTUNDA_LOG_WARN("windows of {} tokens are longer than the {} that the model was trained for", *window_len, trained);
   }
-  return *options.window_len;
+  return *window_len;
 }
 
-// The windows that a text is cut into.
-struct Windows {
-  std::vector<int64_t> tokens;
-  std::optional<int64_t> bos;
-  int64_t window_len = 0;  // BOS included
-  int64_t text_per_window = 0;
-  int64_t n_windows = 0;
-};
+}  // namespace
 
-Windows cut_windows(const Session& session, std::string_view text, const PerplexityOptions& options) {
-  Windows windows;
-  windows.window_len = checked_window_len(session, options);
-  windows.bos = session.bos_id();
-  windows.tokens = session.tokenizer->encode(text, /*add_special=*/false);
-  const int64_t n_tokens = static_cast<int64_t>(windows.tokens.size());
-  ROTUNDA_CHECK(n_tokens >= 2, "the text has ", n_tokens, " tokens, expected 2 or more");
+std::vector<int64_t> TextWindows::window(int64_t index) const {
   // BOS takes the first place of a window but not a token of the text.
-  windows.text_per_window = windows.bos ? windows.window_len - 1 : windows.window_len;
-  windows.n_windows = n_tokens / windows.text_per_window;
-  if (windows.n_windows == 0) {
-    windows.n_windows = 1;
-    windows.text_per_window = n_tokens;
-    windows.window_len = n_tokens + (windows.bos ? 1 : 0);
-  }
-  if (options.limit > 0) windows.n_windows = std::min(windows.n_windows, options.limit);
-  return windows;
+  const int64_t n = window_len - (bos ? 1 : 0);
+  std::vector<int64_t> made;
+  if (bos) made.push_back(*bos);
+  made.insert(made.end(), tokens.begin() + index * n, tokens.begin() + (index + 1) * n);
+  return made;
 }
 
-PerplexityReport run_windows(const Session& session, const std::vector<KvBinding>& bindings, const Windows& windows,
-                             const PerplexityOptions& options) {
+TextWindows cut_text(const Session& session, std::string_view text, std::optional<int64_t> window_len) {
+  TextWindows made;
+  made.window_len = checked_window_len(session, window_len);
+  made.bos = session.bos_id();
+  made.tokens = session.tokenizer->encode(text, /*add_special=*/false);
+  const int64_t n_tokens = static_cast<int64_t>(made.tokens.size());
+  const int64_t n_special = made.bos ? 1 : 0;
+  ROTUNDA_CHECK(n_tokens >= 2, "the text has ", n_tokens, " tokens, expected 2 or more");
+  made.n_windows = n_tokens / (made.window_len - n_special);
+  if (made.n_windows == 0) {
+    made.n_windows = 1;
+    made.window_len = n_tokens + n_special;
+  }
+  return made;
+}
+
+PerplexityReport evaluate_perplexity(const Session& session, std::string_view text, const PerplexityOptions& options) {
+  const TextWindows windows = cut_text(session, text, options.window_len);
+  return evaluate_perplexity(session, windows, bind_all(session, options), options);
+}
+
+PerplexityReport evaluate_perplexity(const Session& session, const TextWindows& text, const std::vector<KvBinding>& bindings,
+                                     const EvalOptions& options, int64_t first_window) {
   PerplexityReport report;
-  report.window_len = windows.window_len;
-  const auto& [tokens, bos, window_len, text_per_window, n_windows] = windows;
+  report.window_len = text.window_len;
+  int64_t n_windows = text.n_windows - first_window;
+  ROTUNDA_ASSERT(first_window >= 0 && n_windows > 0);
+  if (options.limit > 0) n_windows = std::min(n_windows, options.limit);
+
   const KvBinding reference = bind_kv(session, kv::parse_kv_spec(kReferenceKv), std::nullopt, options.progress, options.stop);
-  require_memory(reference, {window_len});
-  for (const KvBinding& binding : bindings) require_memory(binding, {window_len});
+  require_memory(reference, {report.window_len});
+  for (const KvBinding& binding : bindings) require_memory(binding, {report.window_len});
 
   Gathered reference_gathered;
   std::vector<Gathered> gathered(bindings.size());
@@ -156,9 +163,7 @@ PerplexityReport run_windows(const Session& session, const std::vector<KvBinding
 
   try {
     for (int64_t w = 0; w < n_windows; ++w) {
-      std::vector<int64_t> window;
-      if (bos) window.push_back(*bos);
-      window.insert(window.end(), tokens.begin() + w * text_per_window, tokens.begin() + (w + 1) * text_per_window);
+      const std::vector<int64_t> window = text.window(first_window + w);
       // The last token is only scored, but it runs too: a cache may look at a whole window, as the reference figures do.
       const std::span<const int64_t> targets = std::span(window).subspan(1);
       // A window counts for all caches or for none, so that an interrupted run compares like with like.
@@ -216,18 +221,6 @@ PerplexityReport run_windows(const Session& session, const std::vector<KvBinding
     report.results.back().ppl_change = report.results.back().ppl / report.reference.ppl - 1.0;
   }
   return report;
-}
-
-}  // namespace
-
-PerplexityReport evaluate_perplexity(const Session& session, std::string_view text, const PerplexityOptions& options) {
-  const Windows windows = cut_windows(session, text, options);
-  return run_windows(session, bind_all(session, options), windows, options);
-}
-
-PerplexityReport evaluate_perplexity(const Session& session, const std::vector<KvBinding>& bindings, std::string_view text,
-                                     const PerplexityOptions& options) {
-  return run_windows(session, bindings, cut_windows(session, text, options), options);
 }
 
 }  // namespace rotunda::engine

@@ -28,13 +28,28 @@ struct PerplexityReport {
   bool interrupted = false;  ///< stopped early; the results cover the windows done by then
 };
 
+/// A text in windows: non-overlapping, of window_len - 1 tokens behind a BOS, or of window_len where the model has none.
+struct TextWindows {
+  std::vector<int64_t> tokens;
+  std::optional<int64_t> bos;
+  int64_t window_len = 0;  ///< BOS included
+  int64_t n_windows = 0;   ///< a rest shorter than a window is left out, unless the text is shorter than one window
+
+  std::vector<int64_t> window(int64_t index) const;
+};
+
+/// @throws Error{kUser} for a text of fewer than 2 tokens, a window_len below 2.
+TextWindows cut_text(const Session& session, std::string_view text, std::optional<int64_t> window_len);
+
+/// Perplexity over the windows from `first_window` on, options.limit of them at most. `options.specs` and its calibration are those that
+/// `bindings` were made of (bind_all). @throws Error{kUser} for logits that are not finite.
+PerplexityReport evaluate_perplexity(const Session& session, const TextWindows& text, const std::vector<KvBinding>& bindings,
+                                     const EvalOptions& options, int64_t first_window = 0);
+
 /// Perplexity of the text, tokenized once without special tokens: non-overlapping windows of window_len - 1 tokens behind a
 /// BOS, every one scored (a model without BOS: windows of window_len tokens, the first not scored). A rest shorter than a
 /// window is left out, unless the text is shorter than one window.
 /// @throws Error{kUser} for a text of fewer than 2 tokens, a window_len below 2, logits that are not finite.
 PerplexityReport evaluate_perplexity(const Session& session, std::string_view text, const PerplexityOptions& options);
-/// The same with caches bound already; `options.specs` and `options.calibration_file` are not looked at.
-PerplexityReport evaluate_perplexity(const Session& session, const std::vector<KvBinding>& bindings, std::string_view text,
-                                     const PerplexityOptions& options);
 
 }  // namespace rotunda::engine

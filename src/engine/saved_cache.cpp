@@ -23,8 +23,7 @@ std::string calibration_of(const KvBinding& binding) {
 
 void save_cache(const std::filesystem::path& path, const KvBinding& binding, const SavedCache& saved) {
   ops::TensorBundle file;
-  for (const auto& [name, tensor] : saved.cache.tensors) file.tensors[kPrefix + name] = tensor;
-  for (const auto& [key, value] : saved.cache.metadata) file.metadata[kPrefix + key] = value;
+  file.add(kPrefix, saved.cache);
   file.tensors[kTokens] = at::tensor(saved.tokens, at::kLong);
   file.metadata["rotunda.kind"] = kKind;
   file.metadata["rotunda.version"] = std::to_string(kVersion);
@@ -47,14 +46,7 @@ SavedCache load_cache(const std::filesystem::path& path, const KvBinding& bindin
   ROTUNDA_CHECK(file.meta("rotunda.calibration") == calibration_of(binding), file.origin, ": made with calibration ",
                 file.meta("rotunda.calibration"), ", this run has ", calibration_of(binding));
   SavedCache saved;
-  saved.cache.origin = file.origin;
-  const std::string prefix = kPrefix;
-  for (const auto& [name, tensor] : file.tensors) {
-    if (name.starts_with(prefix)) saved.cache.tensors[name.substr(prefix.size())] = tensor;
-  }
-  for (const auto& [key, value] : file.metadata) {
-    if (key.starts_with(prefix)) saved.cache.metadata[key.substr(prefix.size())] = value;
-  }
+  saved.cache = file.part(kPrefix);
   const at::Tensor tokens = file.get(kTokens, at::kLong, {-1}).contiguous();
   const int64_t* ids = tokens.const_data_ptr<int64_t>();
   saved.tokens.assign(ids, ids + tokens.numel());

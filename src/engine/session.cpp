@@ -43,17 +43,11 @@ Session load_session(const SessionOptions& options) {
 
 void check_specs(const kv::KvRegistry& formats, const std::vector<kv::KvSpec>& specs, const kv::KvModel& model) {
   for (const kv::KvSpec& spec : specs) {
-    const kv::KvFormat& format = formats.get(spec.format);
+    const kv::KvFormat& format = formats.get(spec);
     format.validate(spec);
     const auto reason = format.unsupported_reason(spec, model);
     ROTUNDA_CHECK(!reason, "--kv ", spec.to_string(), ": ", reason.value_or(""));
   }
-}
-
-kv::KvSpec canonical_spec(const kv::KvFormat& format, const kv::KvSpec& spec) {
-  kv::KvSpec full = spec;
-  for (const kv::KvOption& option : format.options()) full.options.try_emplace(option.name, option.default_value);
-  return full;
 }
 
 std::string read_text_file(const std::filesystem::path& path) {

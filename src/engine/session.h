@@ -47,9 +47,6 @@ Session load_session(const SessionOptions& options);
 /// Throws what is wrong with one of the specs: unknown format or option, odd value, unsupported model.
 void check_specs(const kv::KvRegistry& formats, const std::vector<kv::KvSpec>& specs, const kv::KvModel& model);
 
-/// The spec with every option that it leaves out filled in from the format's defaults.
-kv::KvSpec canonical_spec(const kv::KvFormat& format, const kv::KvSpec& spec);
-
 /// The whole of a text file. @throws Error{kWorld} naming path and reason.
 std::string read_text_file(const std::filesystem::path& path);
 

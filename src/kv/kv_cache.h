@@ -23,8 +23,11 @@ struct KvModel {
   bool key_norm = false;       ///< a norm stands between the key projection and RoPE (Qwen3): keys cannot be fused
   at::ScalarType dtype = at::kFloat;  ///< of queries, keys, values and the result: kFloat or kBFloat16
   ops::Rope rope;
+  std::vector<int> layer_ids = {};  ///< [n_layers] numbers in the whole model, where this is some layers of it; empty: all of it
 
   int kv_channels() const { return n_kv_heads * head_dim; }
+  /// The number by which users know the layer.
+  int layer_id(int layer) const { return layer_ids.empty() ? layer : layer_ids[static_cast<size_t>(layer)]; }
 };
 
 using SeqId = int32_t;
@@ -64,6 +67,17 @@ struct KvUsage {
   int64_t slack_bytes = 0;   ///< room in pages in use that no token fills yet
   int64_t pool_free_bytes = 0;  ///< pages taken from the system and now unused
   int64_t elements = 0;      ///< key and value elements that the cache stands for: 2 * kv_len * channels * layers
+
+  KvUsage& operator+=(const KvUsage& other) {
+    codes_bytes += other.codes_bytes;
+    scale_bytes += other.scale_bytes;
+    window_bytes += other.window_bytes;
+    sink_bytes += other.sink_bytes;
+    slack_bytes += other.slack_bytes;
+    pool_free_bytes += other.pool_free_bytes;
+    elements += other.elements;
+    return *this;
+  }
 
   /// All of the above but the unused pages.
   int64_t cache_bytes() const { return codes_bytes + scale_bytes + window_bytes + sink_bytes + slack_bytes; }

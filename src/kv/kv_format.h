@@ -47,13 +47,22 @@ class KvCalibrator {
 };
 
 /// A cache format: its name, its options, and how to make caches of it. One folder below kv/ each.
+///
+/// Where a function takes a calibration or a setup, that of a mix holds what its parts' formats want, each under
+/// "<calibration_name>/...", as a calibration file does.
 class KvFormat {
  public:
   virtual ~KvFormat() = default;
 
   virtual std::string name() const = 0;
   virtual std::string summary() const = 0;  ///< one line
+  /// Whether it may be named to a user who asks for a better cache: of all formats of its size the one to take.
+  virtual bool recommended() const { return false; }
   virtual std::vector<KvOption> options() const = 0;
+  /// The spec with every option that it leaves out at its default.
+  virtual KvSpec with_defaults(const KvSpec& spec) const;
+  /// The one spec that stores keys as `keys`, which is of this format, and values as `values`; nothing where no cache can.
+  virtual std::optional<KvSpec> with_values(const KvSpec& /*keys*/, const KvSpec& /*values*/) const { return std::nullopt; }
   /// @throws Error{kUser} naming the option, got and expected.
   virtual void validate(const KvSpec& spec) const = 0;
   /// Why this model cannot have this cache, or nothing where it can. `spec` is valid.
@@ -66,14 +75,20 @@ class KvFormat {
   virtual std::unique_ptr<KvCalibrator> make_calibrator(const KvModel&) const { return nullptr; }
   /// @throws Error{kUser} naming what of the calibration does not fit this model.
   virtual void check_calibration(const KvSpec&, const KvModel&, const ops::TensorBundle&) const {}
-  /// The spec with options set that were left to whether there is a calibration.
-  virtual KvSpec resolved(const KvSpec& spec, bool /*calibrated*/) const { return spec; }
+  /// Of a calibration for a whole model what concerns some of its layers, in this order. Here every tensor is [n_layers, ...].
+  /// @throws Error{kUser} naming a tensor that is not.
+  virtual ops::TensorBundle calibration_of_layers(const ops::TensorBundle& calibration, const KvModel& model,
+                                                  const std::vector<int>& layers) const;
+  /// The spec with options set that were left to the model or to whether there is a calibration (null: none).
+  virtual KvSpec resolved(const KvSpec& spec, const KvModel&, const ops::TensorBundle* /*calibration*/) const { return spec; }
 
   /// Whether fuse() changes anything. Where it does not, the projections need not be read and cast for it at load.
   virtual bool fuses_projections() const { return false; }
+  /// The same of one layer, for a format that treats layers differently.
+  virtual bool fuses_layer(const KvSpec&, const KvModel&, int /*layer*/) const { return fuses_projections(); }
   /// Folds what the format wants into the projections of one layer: fp32 tensors in, fp32 out; the caller casts them back.
-  /// A cache made of the same spec expects keys and values of such fused projections. Called only where fuses_projections(),
-  /// for every layer once, in any order.
+  /// A cache made of the same spec expects keys and values of such fused projections. Called only where fuses_layer(),
+  /// for every such layer once, in any order.
   /// @param setup holds the calibration, if any; the format adds what make_cache will want to know of this layer's weights
   /// @throws Error{kUser} for weights that the format cannot do its work on, or a calibration that does not fit.
   virtual void fuse(const KvSpec&, const KvModel&, int /*layer*/, ProjectionWeights&, ops::TensorBundle& /*setup*/) const {}

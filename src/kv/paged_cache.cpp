@@ -167,7 +167,7 @@ void PagedCache::check_input(int layer, const AttendInput& in) const {
   const auto check = [&](const at::Tensor& x, const char* name, int64_t heads) {
     ROTUNDA_CHECK(x.dim() == 3 && x.size(0) == step_->n_tokens && x.size(1) == heads && x.size(2) == model_.head_dim &&
                       x.scalar_type() == model_.dtype,
-                  "kv cache: ", name, " of layer ", layer, " is ", x.sizes(), " ", x.scalar_type(), ", expected [", step_->n_tokens, ", ",
+                  "kv cache: ", name, " of layer ", model_.layer_id(layer), " is ", x.sizes(), " ", x.scalar_type(), ", expected [", step_->n_tokens, ", ",
                   heads, ", ", model_.head_dim, "] ", model_.dtype);
   };
   check(in.q, "q", model_.n_heads);
@@ -175,7 +175,7 @@ void PagedCache::check_input(int layer, const AttendInput& in) const {
   check(in.v, "v", model_.n_kv_heads);
   if (wants_hidden()) {
     ROTUNDA_CHECK(in.hidden.defined() && in.hidden.dim() == 2 && in.hidden.size(0) == step_->n_tokens,
-                  "kv cache: layer ", layer, " came without the layer's input that ", spec_.format, " chooses sinks by");
+                  "kv cache: layer ", model_.layer_id(layer), " came without the layer's input that ", spec_.format, " chooses sinks by");
   }
 }
 

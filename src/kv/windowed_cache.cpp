@@ -285,7 +285,7 @@ void WindowedCache::update_sinks(int layer, const Chunk& chunk, const at::Tensor
 }
 
 void WindowedCache::throw_not_finite(int layer, const Chunk& chunk, int64_t first, int64_t end) const {
-  throw_user_error(concat(spec().format, ": a key or value of layer ", layer, ", sequence ", chunk.seq, ", tokens ",
+  throw_user_error(concat(spec().format, ": a key or value of layer ", model().layer_id(layer), ", sequence ", chunk.seq, ", tokens ",
                           first, " to ", end - 1, " is NaN, infinite or beyond fp16"));
 }
 

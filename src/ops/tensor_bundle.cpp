@@ -32,4 +32,19 @@ int64_t TensorBundle::meta_int(const std::string& key) const {
   return value;
 }
 
+void TensorBundle::add(const std::string& prefix, const TensorBundle& other) {
+  for (const auto& [name, tensor] : other.tensors) tensors[prefix + name] = tensor;
+  for (const auto& [key, value] : other.metadata) metadata[prefix + key] = value;
+}
+
+TensorBundle TensorBundle::part(const std::string& prefix) const {
+  TensorBundle made;
+  made.origin = origin;
+  for (const auto& [name, tensor] : tensors)
+    if (name.starts_with(prefix)) made.tensors[name.substr(prefix.size())] = tensor;
+  for (const auto& [key, value] : metadata)
+    if (key.starts_with(prefix)) made.metadata[key.substr(prefix.size())] = value;
+  return made;
+}
+
 }  // namespace rotunda::ops

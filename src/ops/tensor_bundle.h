@@ -21,6 +21,11 @@ struct TensorBundle {
   const std::string& meta(const std::string& key) const;
   /// The metadata value as a whole number. @throws Error{kUser} as `meta`, and where it is no number.
   int64_t meta_int(const std::string& key) const;
+
+  /// Takes up all of another bundle, `prefix` in front of every name and key.
+  void add(const std::string& prefix, const TensorBundle& other);
+  /// What was taken up so, under its own names again; tensors are shared. Its origin is this one's.
+  TensorBundle part(const std::string& prefix) const;
 };
 
 }  // namespace rotunda::ops

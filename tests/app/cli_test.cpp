@@ -12,6 +12,7 @@ namespace {
 using nlohmann::json;
 using testing::AllOf;
 using testing::HasSubstr;
+using testing::Not;
 using testing::StartsWith;
 
 const std::string kModel = std::string(ROTUNDA_SOURCE_DIR) + "/models/tiny-gqa";
@@ -74,6 +75,10 @@ TEST_F(CliTest, WrongInputGivesOneLineAndItsExitCode) {
       {{"generate", kModel, "--prompt", "a", "--kv", "rotunda2:values=5"}, 2, "values=5, expected a number from 2 to 4"},
       {{"generate", kModel, "--prompt", "a", "--kv", "rotunda2:balance=even"}, 2, "auto, weights, calibrated, none"},
       {{"generate", kModel, "--prompt", "a", "--kv", "rotunda2", "--calibration", folder_ / "junk"}, 2, "junk"},
+      {{"generate", kModel, "--prompt", "a", "--kv", "layers 0,12=bf16;rotunda2"}, 2, "layer 12, the model has layers 0 to 7"},
+      {{"generate", kModel, "--prompt", "a", "--kv", "layers 0=bf16"}, 2, "layer 1 has no format"},
+      {{"generate", kModel, "--prompt", "a", "--kv", "k=rotunda3,v=bf16"}, 2, "keys of rotunda3 do not go with values of bf16"},
+      {{"generate", kModel, "--prompt", "a", "--self-check", "maybe"}, 2, "--self-check: got 'maybe', expected on, off or auto"},
       {{"generate", kModel, "--prompt", "a", "--dtype", "fp8"}, 2, "--dtype: got 'fp8'"},
       {{"generate", kModel, "--prompt", "a", "--threads", "-2"}, 2, "--threads: got -2"},
       {{"generate", kModel, "--prompt", "a", "--temperature", "-1"}, 2, "--temperature: got -1"},
@@ -96,6 +101,10 @@ TEST_F(CliTest, WrongInputGivesOneLineAndItsExitCode) {
       {{"calibrate", kModel, "--text", folder_ / "empty", "--out", folder_ / "out"}, 2, "has no tokens"},
       {{"calibrate", kModel, "--text", text, "--out", folder_ / "nowhere/out"}, 1, "nowhere/out: cannot be written"},
       {{"calibrate", kModel, "--text", text, "--out", folder_ / "out", "--formats", "bf16"}, 2, "bf16 has nothing to calibrate"},
+      {{"tune", kModel, "--text", text}, 2, "--budget"},
+      {{"tune", kModel, "--text", text, "--budget", "1"}, 2, "--budget: got 1 bits, the smallest format, rotunda2, takes"},
+      {{"tune", kModel, "--text", text, "--budget", "3.5"}, 2, "the text has 1 windows of"},
+      {{"tune", kModel, "--text", text, "--budget", "3.5", "--formats", "rotunda2,odd"}, 2, "'odd' is unknown"},
       {{"info", folder_ / "odd_model"}, 2, "OddForCausalLM"},
       {{"info", kModel, "--kv-len", "-3"}, 2, "--kv-len: got -3"},
   };
@@ -203,6 +212,61 @@ TEST_F(CliTest, PerplexityOfSeveralCachesWithAFreshCalibration) {
   EXPECT_LT(results[0].at("ppl"), results[2].at("ppl"));
   EXPECT_LT(results[1].at("mean_kl"), results[2].at("mean_kl"));
   EXPECT_THAT(results[2].at("kv_used").get<std::string>(), AllOf(HasSubstr("clip="), HasSubstr("recent=0")));
+}
+
+TEST_F(CliTest, LayersAndSidesHaveFormatsOfTheirOwn) {
+  const std::string text = std::string(ROTUNDA_SOURCE_DIR) + "/assets/calibration.txt";
+  const Outcome outcome = run({"eval", "ppl", kModel, "--text", text, "--kv", "layers 0,-1 = bf16; rotunda2:recent=0,k=rotunda2,v=rotunda3:recent=0",
+                               "--kv", "rotunda2:recent=0", "--windows", "1", "--window-len", "300", "--json", folder_ / "out.json"});
+  ASSERT_EQ(outcome.exit_code, 2) << "an option behind the values' format alone";
+  const Outcome mixed = run({"eval", "ppl", kModel, "--text", text, "--kv", "layers 0,-1 = bf16; rotunda2:recent=0,k=rotunda2:recent=0,v=rotunda3",
+                             "--kv", "rotunda2:recent=0", "--windows", "1", "--window-len", "300", "--json", folder_ / "out.json"});
+  ASSERT_EQ(mixed.exit_code, 0) << mixed.err;
+  const json results = read_json("out.json").at("results");
+  ASSERT_EQ(results.size(), 3u);
+  EXPECT_THAT(results[0].at("kv_used").get<std::string>(), AllOf(StartsWith("layers 0,7=bf16;layers 1-6=rotunda2"), HasSubstr("shift=bias")));
+  EXPECT_THAT(results[1].at("kv_used").get<std::string>(), HasSubstr("values=3"));
+  for (const int finer : {0, 1}) {
+    EXPECT_LT(results[finer].at("mean_kl"), results[2].at("mean_kl"));
+    EXPECT_GT(results[finer].at("cache_bytes"), results[2].at("cache_bytes"));
+  }
+}
+
+TEST_F(CliTest, ABadCacheIsWarnedOfBeforeItIsUsed) {
+  const auto generate = [&](const std::string& spec, const std::string& mode) {
+    const Outcome outcome = run({"generate", kModel, "--prompt", "The river", "--max-new-tokens", "2", "--kv", spec, "--self-check", mode,
+                                 "--json", folder_ / "out.json"});
+    EXPECT_EQ(outcome.exit_code, 0) << outcome.err;
+    return outcome.err;
+  };
+  const auto result = [&] { return read_json("out.json").at("results").at(0).at("self_check"); };
+  EXPECT_THAT(generate("rotunda2", "auto"), Not(HasSubstr("does badly")));
+  EXPECT_TRUE(result().at("good"));
+  EXPECT_TRUE(result().at("better").is_null());
+  EXPECT_THAT(generate("rotunda2:recent=0,scale=least_squares", "auto"),
+              AllOf(HasSubstr("rotunda: warning: --kv rotunda2:recent=0,scale=least_squares does badly"), HasSubstr("--kv rotunda2 was tried")));
+  EXPECT_FALSE(result().at("good"));
+  EXPECT_GT(result().at("mean_kl"), 0.05);
+  EXPECT_EQ(result().at("better").at("kv"), "rotunda2");
+  EXPECT_THAT(generate("rotunda2:recent=0,scale=least_squares", "off"), Not(HasSubstr("does badly")));
+  EXPECT_TRUE(result().is_null());
+}
+
+TEST_F(CliTest, TunePrintsTheSpecToGoOnWith) {
+  const std::string text = std::string(ROTUNDA_SOURCE_DIR) + "/assets/calibration.txt";
+  const Outcome outcome = run({"tune", kModel, "--text", text, "--budget", "3.6", "--formats", "rotunda2:recent=0,rotunda4:recent=0", "--windows",
+                               "1", "--window-len", "300", "--out", folder_ / "out.json"});
+  ASSERT_EQ(outcome.exit_code, 0) << outcome.err;
+  const json result = read_json("out.json").at("results").at(0);
+  const std::string spec = result.at("kv");
+  EXPECT_THAT(spec, AllOf(StartsWith("layers "), HasSubstr("rotunda4:recent=0")));
+  EXPECT_THAT(outcome.out, HasSubstr("--kv \"" + spec + "\"\n"));
+  EXPECT_LE(result.at("planned_bits_per_element"), 3.6);
+  EXPECT_EQ(result.at("layers").size(), 8u);
+  EXPECT_EQ(result.at("candidates").at(0).at("layer_kl").size(), 8u);
+  EXPECT_LT(result.at("checked").at(0).at("mean_kl"), result.at("checked").at(1).at("mean_kl"));
+  const Outcome generated = run({"generate", kModel, "--prompt", "The river", "--max-new-tokens", "4", "--kv", spec});
+  EXPECT_EQ(generated.exit_code, 0) << generated.err;
 }
 
 TEST_F(CliTest, InfoAndFormatsNameEveryFormat) {

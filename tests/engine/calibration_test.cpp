@@ -41,7 +41,7 @@ TEST_F(CalibrationTest, OnePassServesEveryFormatAndTheFileComesBack) {
     if (!format->make_calibrator(session_.model->info().kv)) continue;
     EXPECT_THAT(file.meta("rotunda.formats"), HasSubstr(format->calibration_name()));
     const kv::KvSpec spec{.format = format->name(), .options = {}};
-    if (format->calibration_use(canonical_spec(*format, spec)) == kv::CalibrationUse::kNone) continue;
+    if (format->calibration_use(format->with_defaults(spec)) == kv::CalibrationUse::kNone) continue;
     const KvBinding binding = bind_kv(session_, spec, folder_ / "file", {}, nullptr);
     EXPECT_NE(binding.make_cache(), nullptr);
     EXPECT_EQ(fingerprint(*binding.calibration), fingerprint(calibration_for(file, *format, session_.model->weights_hash())));
@@ -104,6 +104,26 @@ TEST_F(CalibrationTest, AFormatThatNeedsNoneTakesOneWhereItIsGiven) {
   const KvBinding built_in = bind_kv(session_, kv::parse_kv_spec("rotunda2:shift=mean"), std::nullopt, {}, nullptr);
   EXPECT_TRUE(built_in.calibration.has_value());
   EXPECT_TRUE(std::filesystem::exists(builtin_calibration_path(session_.model->weights_hash(), "rotunda")));
+}
+
+TEST_F(CalibrationTest, AMixTakesWhatItsFormatsWant) {
+  CalibrateOptions options;
+  options.formats = {"rotate2", "rotunda2"};
+  io::write_bundle(folder_ / "file", calibrate(session_, text_, options));
+  const kv::KvSpec spec = kv::parse_kv_spec("layers 0=rotate2;rotunda3");
+  const KvBinding given = bind_kv(session_, spec, folder_ / "file", {}, nullptr);
+  EXPECT_THAT(given.used.to_string(), AllOf(HasSubstr("layers 0=rotate2"), HasSubstr("layers 1=rotunda3"), HasSubstr("shift=mean")));
+  EXPECT_NE(given.make_cache(), nullptr);
+  EXPECT_FALSE(std::filesystem::exists(folder_ / "calibrations"));
+  // Without a file each format has what it has alone: the one must, the other may go without.
+  const KvBinding built_in = bind_kv(session_, spec, std::nullopt, {}, nullptr);
+  EXPECT_THAT(built_in.used.to_string(), HasSubstr("shift=bias"));
+  EXPECT_NE(built_in.make_cache(), nullptr);
+  EXPECT_TRUE(std::filesystem::exists(builtin_calibration_path(session_.model->weights_hash(), "rotate2")));
+  EXPECT_FALSE(std::filesystem::exists(builtin_calibration_path(session_.model->weights_hash(), "rotunda")));
+  options.formats = {"rotate2"};
+  io::write_bundle(folder_ / "half", calibrate(session_, text_, options));
+  EXPECT_THAT(toy::error_of([&] { bind_kv(session_, spec, folder_ / "half", {}, nullptr); }), HasSubstr("has no calibration for rotunda3"));
 }
 
 TEST_F(CalibrationTest, TheBuiltInOneIsKeptAndMadeAnewWhereDamaged) {

@@ -122,7 +122,7 @@ TEST_F(GenerateTest, NoNewTokensRunsThePromptOnly) {
 
 TEST_F(GenerateTest, ASavedCacheGoesOnWhereItStopped) {
   const toy::TemporaryFolder folder;
-  for (const char* spec : {"fp32", "rotate2:recent=16,sinks=4,reorder=none"}) {
+  for (const char* spec : {"fp32", "rotate2:recent=16,sinks=4,reorder=none", "layers 0=rotunda2:recent=16;fp16"}) {
     const KvBinding binding = toy::bind(session_, spec);
     const auto straight = generate(session_, binding, request_of({"once upon a time there was"}, 40)).sequences[0].tokens;
     GenerateRequest first = request_of({"once upon a time there was"}, 15);
@@ -151,6 +151,8 @@ TEST_F(GenerateTest, ASavedCacheOfSomethingElseIsRefused) {
   GenerateRequest second = request_of({"upon"}, 3);
   second.load_cache = folder / "saved";
   EXPECT_THAT(toy::error_of([&] { generate(session_, toy::bind(session_, "bf16"), second); }), HasSubstr("--kv asks for bf16"));
+  EXPECT_THAT(toy::error_of([&] { generate(session_, toy::bind(session_, "layers 0=bf16;fp32"), second); }),
+              HasSubstr("--kv asks for layers 0=bf16;layers 1=fp32"));
   const Session other = toy::make_session(true, 2);
   EXPECT_THAT(toy::error_of([&] { generate(other, toy::bind(other, "fp32"), second); }), HasSubstr("made with other weights"));
   toy::write_file(folder / "saved", "not a cache");

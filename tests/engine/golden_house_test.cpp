@@ -49,7 +49,7 @@ ops::TensorBundle calibration(const kv::KvFormat& format, const nlohmann::json& 
   const auto ids = windows.at("ids").get<std::vector<int64_t>>();
   const auto window_len = windows.at("window_len").get<size_t>();
   const auto cache = session().formats->get("fp32").make_cache(kv::parse_kv_spec("fp32"), model, {});
-  ObservingCache observing(*cache, {calibrator.get()});
+  ObservingCache observing(*cache, [&](int layer, const kv::AttendInput& in) { calibrator->observe(layer, in); });
   for (size_t begin = 0; begin + window_len <= ids.size(); begin += window_len)
     run(*session().model, observing,
         {ids.begin() + static_cast<int64_t>(begin), ids.begin() + static_cast<int64_t>(begin + window_len)},
@@ -62,7 +62,7 @@ class GoldenHouse : public ::testing::TestWithParam<Case> {};
 TEST_P(GoldenHouse, MeanNllOfTheFirstWindowIsThatOfTheReference) {
   const nlohmann::json reference = golden();
   const kv::KvSpec spec = kv::parse_kv_spec(GetParam().spec);
-  const kv::KvFormat& format = session().formats->get(spec.format);
+  const kv::KvFormat& format = session().formats->get(spec);
   ops::TensorBundle setup;
   if (format.calibration_use(spec) == kv::CalibrationUse::kRequired)
     setup = calibration(format, reference.at("calibration"));

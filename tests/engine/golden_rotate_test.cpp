@@ -35,7 +35,7 @@ TEST_P(GoldenRotate, MeanNllOfTheFirstWindowIsThatOfTheReference) {
   load.model_dir = root + "/models/tiny-gqa";
   const Session session = load_session(load);
   const kv::KvSpec spec = kv::parse_kv_spec(GetParam().spec);
-  const kv::KvFormat& format = kv::kv_registry().get(spec.format);
+  const kv::KvFormat& format = kv::kv_registry().get(spec);
   // The reference's own order of channels: near-ties of its means could sort differently.
   ops::TensorBundle calibration;
   std::vector<at::Tensor> layers;

@@ -12,7 +12,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   try {
     for (const kv::KvSpec& spec : kv::parse_kv_specs({reinterpret_cast<const char*>(data), size})) {
       if (!(kv::parse_kv_spec(spec.to_string()) == spec)) std::abort();
-      kv::kv_registry().get(spec.format).validate(spec);
+      kv::kv_registry().get(spec).validate(spec);
     }
   } catch (const Error& error) {
     if (error.fault() == Fault::kBug) std::abort();

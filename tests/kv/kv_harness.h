@@ -86,21 +86,20 @@ class FusedCache {
   /// @param calibration to use; null: none, or one on random text where the format cannot do without
   FusedCache(const KvSpec& spec, const KvModel& model, const Projections& original = {}, const ops::TensorBundle* calibration = nullptr)
       : model_(model) {
-    const KvFormat& format = kv_registry().get(spec.format);
+    const KvFormat& format = kv_registry().get(spec);
     if (calibration != nullptr) {
       calibration_ = *calibration;
-    } else if (format.calibration_use(spec) == CalibrationUse::kRequired) {
-      const auto calibrator = format.make_calibrator(model);
-      const Text text = random_text(model, 64, 4242);
-      for (int layer = 0; layer < model.n_layers; ++layer)
-        calibrator->observe(layer, {text.q[layer], text.k[layer], text.v[layer], text.hidden[layer]});
-      calibration_ = calibrator->finish();
+    } else if (spec.parts.empty()) {
+      calibration_ = calibrate(spec, model);
+    } else {
+      for (const KvSpecPart& part : spec.parts)
+        calibration_.add(kv_registry().get(part.spec).calibration_name() + "/", calibrate(part.spec, model));
     }
     ops::TensorBundle setup = calibration_;
-    const KvSpec used = format.resolved(spec, !calibration_.tensors.empty());
+    const KvSpec used = format.resolved(spec, model, calibration_.tensors.empty() ? nullptr : &calibration_);
     for (int layer = 0; layer < model.n_layers; ++layer) {
       ProjectionWeights weights = original ? original(layer) : identity_projections(model);
-      if (format.fuses_projections()) format.fuse(used, model, layer, weights, setup);
+      if (format.fuses_layer(used, model, layer)) format.fuse(used, model, layer, weights, setup);
       weights_.push_back(std::move(weights));
     }
     cache_ = format.make_cache(used, model, setup);
@@ -156,6 +155,17 @@ class FusedCache {
   }
 
  private:
+  // On random text where the format cannot do without; else nothing.
+  static ops::TensorBundle calibrate(const KvSpec& spec, const KvModel& model) {
+    const KvFormat& format = kv_registry().get(spec);
+    if (format.calibration_use(spec) != CalibrationUse::kRequired) return {};
+    const auto calibrator = format.make_calibrator(model);
+    const Text text = random_text(model, 64, 4242);
+    for (int layer = 0; layer < model.n_layers; ++layer)
+      calibrator->observe(layer, {text.q[layer], text.k[layer], text.v[layer], text.hidden[layer]});
+    return calibrator->finish();
+  }
+
   KvModel model_;
   ops::TensorBundle calibration_;
   std::unique_ptr<KvCache> cache_;

@@ -36,7 +36,7 @@ engine::Session ModelArguments::load(const std::vector<kv::KvSpec>& specs, Progr
 void EvalArguments::add_to(CLI::App& command, const std::string& default_protocol) {
   protocol = default_protocol;
   model.add_to(command);
-  command.add_option("--kv", kv, "Caches to compare: SPEC[,SPEC...], a SPEC being NAME[:KEY=VALUE,...]; see `rotunda formats`")
+  command.add_option("--kv", kv, "Caches to compare: SPEC[,SPEC...], a SPEC as for `rotunda generate`")
       ->type_name("SPECS")
       ->allow_extra_args(false)
       ->capture_default_str();
@@ -58,11 +58,7 @@ void ItemArguments::add_to(CLI::App& command, const std::string& protocol, const
   command.add_option("--limit", limit, "Lines at most; 0: all")->capture_default_str();
 }
 
-std::vector<kv::KvSpec> EvalArguments::specs() const {
-  std::string text;
-  for (const std::string& part : kv) text += (text.empty() ? "" : ",") + part;
-  return kv::parse_kv_specs(text);
-}
+std::vector<kv::KvSpec> EvalArguments::specs() const { return joined_specs(kv); }
 
 void EvalArguments::fill(engine::EvalOptions& options, ProgressPrinter& progress, engine::StopFlag stop) const {
   options.specs = specs();
@@ -115,6 +111,12 @@ std::vector<std::string> read_prompts(const std::string& path) {
   }
   ROTUNDA_CHECK(!prompts.empty(), path, ": holds no prompt, expected one per line");
   return prompts;
+}
+
+std::vector<kv::KvSpec> joined_specs(const std::vector<std::string>& lists) {
+  std::string text;
+  for (const std::string& list : lists) text += (text.empty() ? "" : ",") + list;
+  return kv::parse_kv_specs(text);
 }
 
 std::optional<std::filesystem::path> optional_path(const std::string& text) {

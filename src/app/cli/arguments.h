@@ -71,6 +71,9 @@ int run_accuracy(const ItemArguments& arguments, const CLI::App& command, Option
 /// The prompts of a file: one per line, or JSONL {"prompt": ...}. @throws Error naming the file where it holds none
 std::vector<std::string> read_prompts(const std::string& path);
 
+/// The specs of an option that may be given several times, each time with a list.
+std::vector<kv::KvSpec> joined_specs(const std::vector<std::string>& lists);
+
 /// "" as nothing.
 std::optional<std::filesystem::path> optional_path(const std::string& text);
 

@@ -24,6 +24,7 @@ void add_eval_choices(CLI::App& parent, Run& run);
 void add_eval_gsm8k(CLI::App& parent, Run& run);
 void add_compare(CLI::App& parent, Run& run);
 void add_calibrate(CLI::App& parent, Run& run);
+void add_tune(CLI::App& parent, Run& run);
 void add_info(CLI::App& parent, Run& run);
 void add_formats(CLI::App& parent, Run& run);
 

@@ -28,7 +28,7 @@ int run_formats() {
 
 void add_formats(CLI::App& parent, Run& run) {
   CLI::App* command = parent.add_subcommand("formats", "Every cache format with its options and their defaults");
-  command->footer("Example of a SPEC with options:\n  --kv rotunda2:recent=128,values=3");
+  command->footer("Examples of a SPEC:\n  --kv rotunda2:recent=128,values=3\n  --kv k=rotunda3,v=rotunda2\n  --kv 'layers 0,1,-1 = bf16; rotunda2'");
   command->callback([&run] { run = &run_formats; });
 }
 

@@ -10,6 +10,8 @@
 #include "app/cli/report.h"
 #include "app/cli/table.h"
 #include "base/check.h"
+#include "base/log.h"
+#include "engine/self_check.h"
 
 namespace rotunda::cli {
 
@@ -23,6 +25,7 @@ struct Arguments {
   std::string prompts_file;
   std::string kv = engine::kReferenceKv;
   std::string calibration;
+  std::string self_check = "auto";
   std::string save_cache;
   std::string load_cache;
   std::string json;
@@ -60,6 +63,22 @@ void print_statistics(const engine::GenerateResult& result, const engine::KvBind
                grouped(result.prompt_tokens).c_str(), grouped(result.new_tokens).c_str(), fixed(result.ttft_ms, 1).c_str(),
                fixed(result.prefill_tok_s, 1).c_str(), fixed(result.decode_tok_s, 1).c_str(), binding.used.to_string().c_str(),
                fixed(result.bits_per_element, 3).c_str(), grouped(result.cache_bytes).c_str());
+}
+
+Json quality_json(const engine::CacheQuality& quality) {
+  return {{"kv", quality.requested.to_string()},
+          {"mean_kl", quality.mean_kl},
+          {"top1_agreement", quality.top1_agreement},
+          {"good", quality.good()}};
+}
+
+Json self_check_json(const std::optional<engine::SelfCheck>& check) {
+  if (!check) return nullptr;
+  Json json = quality_json(check->quality);
+  json["tokens"] = check->tokens;
+  json["seconds"] = check->seconds;
+  json["better"] = check->better ? quality_json(*check->better) : Json(nullptr);
+  return json;
 }
 
 Json result_json(const engine::GenerateResult& result, const engine::KvBinding& binding, const std::vector<std::string>& prompts) {
@@ -100,10 +119,13 @@ int run_generate(const Arguments& arguments, const CLI::App& command) {
   for (const std::string& path : {arguments.json, arguments.save_cache}) {
     if (!path.empty()) check_writable(path);
   }
+  const engine::SelfCheckMode self_check = engine::parse_self_check(arguments.self_check);
   const kv::KvSpec spec = kv::parse_kv_spec(arguments.kv);
   const engine::Session session = arguments.model.load({spec}, progress);
   const engine::KvBinding binding = engine::bind_kv(session, spec, optional_path(arguments.calibration), progress.callback(), stop);
+  const auto checked = engine::self_check(session, binding, self_check, progress.callback(), stop);
   progress.clear();
+  if (checked && !checked->quality.good()) ROTUNDA_LOG_WARN("{}", checked->warning());
 
   const bool streamed = request.prompts.size() == 1;
   if (streamed) {
@@ -120,7 +142,9 @@ int run_generate(const Arguments& arguments, const CLI::App& command) {
     print_batch(result, request.prompts);
   }
   print_statistics(result, binding);
-  write_report(arguments.json, run_json(command), Json::array({result_json(result, binding, request.prompts)}));
+  Json json = result_json(result, binding, request.prompts);
+  json["self_check"] = self_check_json(checked);
+  write_report(arguments.json, run_json(command), Json::array({json}));
   return result.interrupted() ? kExitInterrupted : 0;
 }
 
@@ -134,8 +158,12 @@ void add_generate(CLI::App& parent, Run& run) {
   CLI::Option* prompt = command->add_option("--prompt", arguments->prompt, "The text to continue");
   command->add_option("--prompt-file", arguments->prompt_file, "File whose whole text is the prompt (one newline at its end left out)");
   command->add_option("--prompts-file", arguments->prompts_file, "File of prompts, one per line or JSONL {\"prompt\": ...}; run together");
-  command->add_option("--kv", arguments->kv, "Cache: NAME[:KEY=VALUE,...]; see `rotunda formats`")->type_name("SPEC")->capture_default_str();
+  command->add_option("--kv", arguments->kv, "Cache: NAME[:KEY=VALUE,...], or a mix: layers N,N-M,...=NAME...;NAME...; see `rotunda formats`")->type_name("SPEC")->capture_default_str();
   command->add_option("--calibration", arguments->calibration, "Calibration file, as `rotunda calibrate` writes it");
+  command
+      ->add_option("--self-check", arguments->self_check,
+                   "Try the cache on a few hundred tokens first and warn where it does badly: on, off, or auto (below 4 bits)")
+      ->capture_default_str();
   command->add_option("--max-new-tokens", options.max_new_tokens, "Tokens to generate at most, each prompt")->capture_default_str();
   command->add_option("--temperature", options.sampling.temperature, "0: always the likeliest token")->capture_default_str();
   command->add_option("--top-k", options.sampling.top_k, "Sample among the k likeliest tokens; 0: all")->capture_default_str();

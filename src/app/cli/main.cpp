@@ -72,6 +72,7 @@ int run_program(int argc, char** argv) {
   add_eval_gsm8k(*eval, run);
   add_compare(app, run);
   add_calibrate(app, run);
+  add_tune(app, run);
   add_info(app, run);
   add_formats(app, run);
   try {

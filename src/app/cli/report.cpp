@@ -89,6 +89,16 @@ Json eval_json(const engine::EvalResult& result) {
           {"tok_s", result.tok_s}};
 }
 
+Json ppl_json(const engine::PerplexityResult& result) {
+  Json json = eval_json(result);
+  json["ppl"] = result.ppl;
+  json["ppl_stderr"] = result.ppl_stderr;
+  json["ppl_change"] = result.ppl_change;
+  json["mean_kl"] = result.mean_kl;
+  json["top1_agreement"] = result.top1_agreement;
+  return json;
+}
+
 Json accuracy_json(const engine::AccuracyResult& result) {
   Json json = eval_json(result);
   json["accuracy"] = result.accuracy;
@@ -97,16 +107,6 @@ Json accuracy_json(const engine::AccuracyResult& result) {
     json["accuracy_norm"] = *result.accuracy_norm;
     json["accuracy_norm_stderr"] = result.accuracy_norm_stderr;
   }
-  return json;
-}
-
-Json ppl_json(const engine::PerplexityResult& result) {
-  Json json = eval_json(result);
-  json["ppl"] = result.ppl;
-  json["ppl_stderr"] = result.ppl_stderr;
-  json["ppl_change"] = result.ppl_change;
-  json["mean_kl"] = result.mean_kl;
-  json["top1_agreement"] = result.top1_agreement;
   return json;
 }
 

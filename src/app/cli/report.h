@@ -16,8 +16,8 @@ Json run_json(const CLI::App& command);
 
 /// The keys that every evaluation's result has.
 Json eval_json(const engine::EvalResult& result);
-Json accuracy_json(const engine::AccuracyResult& result);
 Json ppl_json(const engine::PerplexityResult& result);
+Json accuracy_json(const engine::AccuracyResult& result);
 
 /// Writes {"run", "results"} where a path is given. @throws Error{kWorld}
 void write_report(const std::string& path, const Json& run, const Json& results);

@@ -97,6 +97,16 @@ std::vector<KvOption> HouseFormat::options() const { return HouseOptions::descri
 
 void HouseFormat::validate(const KvSpec& spec) const { HouseOptions::from_spec(spec, bits_); }
 
+std::optional<KvSpec> HouseFormat::with_values(const KvSpec& keys, const KvSpec& values) const {
+  const bool shared_options = values.options.empty() || values.options == keys.options;
+  for (int bits = kLeastBits; bits <= kMostBits; ++bits) {
+    if (values.format != HouseFormat(bits).name() || !shared_options) continue;
+    KvSpec both = keys;
+    if (both.options.emplace("values", std::to_string(bits)).second) return both;
+  }
+  return std::nullopt;
+}
+
 std::optional<std::string> HouseFormat::unsupported_reason(const KvSpec&, const KvModel& model) const {
   if (model.head_dim % 16 != 0) return concat(name(), " on cpu: head_dim ", model.head_dim, " is not a multiple of 16");
   return std::nullopt;
@@ -114,8 +124,8 @@ void HouseFormat::check_calibration(const KvSpec&, const KvModel& model, const o
   for (int layer = 0; layer < model.n_layers; ++layer) calibrated_moments(model, layer, calibration);
 }
 
-KvSpec HouseFormat::resolved(const KvSpec& spec, bool calibrated) const {
-  const HouseOptions options = HouseOptions::from_spec(spec, bits_).resolved(calibrated);
+KvSpec HouseFormat::resolved(const KvSpec& spec, const KvModel&, const ops::TensorBundle* calibration) const {
+  const HouseOptions options = HouseOptions::from_spec(spec, bits_).resolved(calibration != nullptr);
   KvSpec made = spec;
   made.options["balance"] = to_text(options.balance);
   made.options["shift"] = to_text(options.shift);

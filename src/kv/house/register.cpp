@@ -4,7 +4,7 @@
 namespace rotunda::kv {
 
 void register_house(KvRegistry& registry) {
-  for (const int bits : {2, 3, 4}) registry.add(std::make_unique<house::HouseFormat>(bits));
+  for (int bits = house::kLeastBits; bits <= house::kMostBits; ++bits) registry.add(std::make_unique<house::HouseFormat>(bits));
 }
 
 }  // namespace rotunda::kv

@@ -57,8 +57,8 @@ class PlainCache final : public PagedCache {
       const int64_t row = chunk.row + position - chunk.first;
       const bool finite = kernels::store_plain(layout_, k.data_ptr<float>() + row * channels, v.data_ptr<float>() + row * channels, channels,
                                                in_page, n, chunk.sequence->pages[layer][position / kPageTokens]->bytes);
-      ROTUNDA_CHECK(finite, spec().format, ": a key or value of layer ", layer, ", sequence ", chunk.seq, ", tokens ", position, " to ",
-                    position + n - 1, " is NaN, infinite or beyond the format's range");
+      ROTUNDA_CHECK(finite, spec().format, ": a key or value of layer ", model().layer_id(layer), ", sequence ", chunk.seq, ", tokens ",
+                    position, " to ", position + n - 1, " is NaN, infinite or beyond the format's range");
       position += n;
     }
   }

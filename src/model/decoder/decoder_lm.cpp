@@ -194,7 +194,8 @@ std::shared_ptr<const CausalLm> DecoderLm::with_kv_format(const kv::KvFormat& fo
   const std::optional<std::string> reason = format.unsupported_reason(spec, info_.kv);
   ROTUNDA_CHECK(!reason, checkpoint_->index.model_dir().string(), ": ", *reason);
   DecoderWeights weights = weights_;
-  for (int layer = 0; format.fuses_projections() && layer < config_.n_layers; ++layer) {
+  for (int layer = 0; layer < config_.n_layers; ++layer) {
+    if (!format.fuses_layer(spec, info_.kv, layer)) continue;
     kv::ProjectionWeights projections = original_projections(layer);
     format.fuse(spec, info_.kv, layer, projections, setup);
     replace_projections(projections, weights.layers[static_cast<size_t>(layer)]);

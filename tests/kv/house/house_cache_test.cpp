@@ -477,8 +477,8 @@ TEST(HouseCalibrationTest, TheMeanIsGivenBackAndHelps) {
   };
   const ops::TensorBundle calibration = calibrate(model, text);
   EXPECT_LT(loss("rotunda2:recent=0", &calibration), 0.5 * loss("rotunda2:recent=0", nullptr));
-  EXPECT_EQ(format.resolved(parse_kv_spec("rotunda2"), true).options.at("shift"), "mean");
-  EXPECT_EQ(format.resolved(parse_kv_spec("rotunda2"), false).options.at("shift"), "bias");
+  EXPECT_EQ(format.resolved(parse_kv_spec("rotunda2"), model, &calibration).options.at("shift"), "mean");
+  EXPECT_EQ(format.resolved(parse_kv_spec("rotunda2"), model, nullptr).options.at("shift"), "bias");
 }
 
 TEST(HouseCalibrationTest, WhatDoesNotFitIsRefusedByName) {
