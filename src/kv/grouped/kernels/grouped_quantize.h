@@ -50,6 +50,9 @@ inline double level(const GroupedSide& side, const GroupedCodec& codec, uint32_t
 
 namespace detail {
 
+/// The nearest integer, ties to even, of |x| < 2^51: std::nearbyint without the call.
+inline double round_even(double x) { return (x + 0x1.8p52) - 0x1.8p52; }
+
 inline uint32_t clamped(double x, int bits) {
   return static_cast<uint32_t>(std::clamp(x, 0.0, static_cast<double>((1 << bits) - 1)));
 }
@@ -74,9 +77,8 @@ inline std::optional<GroupScale> min_max(const GroupedSide& side, const GroupedC
   const auto bits = fp16_scale((high - low) / static_cast<float>((1 << side.bits) - 1));
   if (!bits) return std::nullopt;
   const float s = to_float(Half{*bits});
-  const uint32_t zero = clamped(std::nearbyint(-low / s), side.bits);
-  for (int i = 0; i < side.group; ++i)
-    codes[i] = static_cast<uint8_t>(clamped(std::nearbyint(x[i] / s) + static_cast<float>(zero), side.bits));
+  const uint32_t zero = clamped(round_even(-low / s), side.bits);
+  for (int i = 0; i < side.group; ++i) codes[i] = static_cast<uint8_t>(clamped(round_even(x[i] / s) + zero, side.bits));
   return GroupScale{*bits, zero};
 }
 
@@ -84,10 +86,11 @@ inline std::optional<GroupScale> min_max(const GroupedSide& side, const GroupedC
 inline double mantissas(const GroupedSide& side, const GroupedCodec& codec, const float* x, int exponent,
                         uint8_t* codes) {
   const double top = std::ldexp(1.0, side.bits - 1);
+  const double inverse = std::ldexp(1.0, -exponent);
   double error = 0.0;
   for (int i = 0; i < side.group; ++i) {
-    const double scaled = std::ldexp(static_cast<double>(x[i]), -exponent);
-    const double m = std::clamp(std::nearbyint(scaled), codec.symmetric ? 1.0 - top : -top, top - 1.0);
+    const double scaled = x[i] * inverse;  // exact
+    const double m = std::clamp(round_even(scaled), codec.symmetric ? 1.0 - top : -top, top - 1.0);
     codes[i] = static_cast<uint8_t>(m + top);
     error += (scaled - m) * (scaled - m);
   }
@@ -104,7 +107,7 @@ inline std::optional<GroupScale> block_float(const GroupedSide& side, const Grou
   int exponent = std::max(std::ilogb(largest) + 1 - (side.bits - 1), -side.exponent_bias);
   const double error = mantissas(side, codec, x, exponent, codes);
   const double top = std::ldexp(1.0, side.bits - 1) - 1.0;
-  const bool overflows = std::nearbyint(std::ldexp(static_cast<double>(largest), -exponent)) > top;
+  const bool overflows = round_even(std::ldexp(static_cast<double>(largest), -exponent)) > top;
   if (codec.carry && overflows) {
     // An error counts four times as much under the doubled step.
     if (4.0 * mantissas(side, codec, x, exponent + 1, codes) < error) {

@@ -26,10 +26,15 @@ bool store_row(const GroupedLayer& layer, bool key, int head, int64_t token, con
       if (!has_plane(side.bits, width)) continue;
       const int down = plane_shift(side.bits, width);
       const uint32_t mask = (1u << width) - 1;
+      const int per_word = 32 / width;
+      // Channel 0; key_place and value_place say where the others are.
+      const CodePlace start = key ? key_place(l, head, width, token, 0) : value_place(l, head, width, token, 0);
       for (int c = 0; c < side.group; ++c) {
-        const CodePlace at =
-            key ? key_place(l, head, width, token, first + c) : value_place(l, head, width, token, first + c);
-        write_bits(page + at.word, at.shift, mask, static_cast<uint32_t>(codes[c]) >> down);
+        const int channel = first + c;
+        const int element = channel % per_word;
+        std::byte* const at = page + start.word + int64_t{key ? channel / per_word * kTokenBlock : channel} * 4;
+        write_bits(at, key ? 8 * (element % 4) + width * (element / 4) : start.shift, mask,
+                   static_cast<uint32_t>(codes[c]) >> down);
       }
     }
   }
