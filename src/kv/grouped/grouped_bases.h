@@ -6,8 +6,9 @@
 
 namespace rotunda::kv::grouped {
 
-/// The channels of each head, largest first. Keys in RoPE pairs, since RoPE mixes the two channels i and i + d / 2: they stand side by side,
-/// pairs by the sum of their energies. @param energy [n_kv_heads, d]   @return [n_kv_heads, d] int64, for HeadBasis::permutation
+/// The channels of each head, largest first. Keys in RoPE pairs, since RoPE mixes the two channels i and i + d / 2: they stand side
+/// by side, pairs by the sum of their energies. @param energy [n_kv_heads, d]   @return [n_kv_heads, d] int64, for
+/// HeadBasis::permutation
 at::Tensor key_order(const at::Tensor& energy);
 at::Tensor value_order(const at::Tensor& energy);
 

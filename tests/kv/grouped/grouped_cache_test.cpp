@@ -285,8 +285,8 @@ TEST_P(GroupedCacheTest, DecodingTokenByTokenIsTheMethod) {
   EXPECT_LT(nmse(at::cat(outs, 1), expected_), kDecodeTolerance);
 }
 
-// On a Gaussian the packed levels reach what Max's table gives: a least distortion D, and 2 - 2 sqrt(1 - D) once the length is restored. Here of
-// values, which attention to a single token returns.
+// On a Gaussian the packed levels reach what Max's table gives: a least distortion D, and 2 - 2 sqrt(1 - D) once the length is
+// restored. Here of values, which attention to a single token returns.
 TEST(Turbo, DistortionIsThatOfLloydMax) {
   const KvModel model = testing::small_model(4, 4, 256);
   const double least[] = {0.1175, 0.03454, 0.009497};

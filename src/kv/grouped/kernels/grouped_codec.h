@@ -64,8 +64,8 @@ struct GroupedStoreParams {
 bool grouped_store(const GroupedStoreParams& params);
 
 /// Decode attention of all query heads of one kv head over packed pages; adds to `state`.
-/// Integer levels: the query enters as 8-bit integers (one step per head and group), sums of a group are exact in 32 bits and take one scale per
-/// token and group; softmax weights times value scales enter as 15-bit integers (one step per page, head and group).
+/// Integer levels: the query enters as 8-bit integers (one step per head and group), sums of a group are exact in 32 bits and take
+/// one scale per token and group; softmax weights times value scales enter as 15-bit integers (one step per page, head and group).
 /// kE4m3: fp32 throughout.
 struct GroupedDecodeParams {
   const GroupedLayer* layer;

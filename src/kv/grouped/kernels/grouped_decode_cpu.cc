@@ -346,8 +346,8 @@ HWY_INLINE void DotUnits(const uint32_t* HWY_RESTRICT bytes, const uint32_t* HWY
   }
 }
 
-/// Fetches shares begin .. end - 1 of `total` of `bytes` of the page to come, so that they are there by then; a few lines at a time, because
-/// a core waits once it has asked for too many. @param next may be null
+/// Fetches shares begin .. end - 1 of `total` of `bytes` of the page to come, so that they are there by then; a few lines at a time,
+/// because a core waits once it has asked for too many. @param next may be null
 HWY_INLINE void FetchAhead(const std::byte* next, int64_t bytes, int begin, int end, int total) {
   if (next == nullptr) return;
   for (int64_t at = bytes * begin / total / 64 * 64; at < bytes * end / total; at += 64) hwy::Prefetch(next + at);

@@ -9,8 +9,8 @@
 #include "kv/grouped/kernels/grouped_codec.h"
 #include "kv/grouped/kernels/small_float.h"
 
-// The formats in plain words: one group at a time, one scalar at a time, fp32 where it says so, fp64 elsewhere. Products of fp32 numbers are
-// exact in fp64; compile with -ffp-contract=off.
+// The formats in plain words: one group at a time, one scalar at a time, fp32 where it says so, fp64 elsewhere. Products of fp32
+// numbers are exact in fp64; compile with -ffp-contract=off.
 
 namespace rotunda::kv::grouped {
 
