@@ -19,6 +19,8 @@
 
 #include "kernels/attention/decode_attention.h"
 #include "kernels/attention/decode_attention_ref.h"
+#include "kv/grouped/kernels/grouped_codec.h"
+#include "kv/grouped/kernels/grouped_codec_ref.h"
 #include "kv/house/kernels/house_codec.h"
 #include "kv/house/kernels/house_codec_ref.h"
 #include "kv/rotate/kernels/rotate_codec.h"
@@ -319,6 +321,49 @@ void BM_house_decode(benchmark::State& state, int bits, int n_pairs) {
   state.counters["x_smaller"] = static_cast<double>(tokens) * kChannels * 4 / static_cast<double>(pages.bytes);
 }
 
+using kv::grouped::GroupedCodec;
+using kv::grouped::GroupedLayer;
+using kv::grouped::GroupedSide;
+using kv::grouped::Levels;
+using kv::grouped::Rule;
+using kv::grouped::ScaleType;
+
+void BM_grouped_decode(benchmark::State& state, GroupedSide side, GroupedCodec codec) {
+  const auto tokens = static_cast<int>(state.range(0));
+  const GroupedLayer layer{{side, side, kKvHeads, kHeadDim, kBlocks}, codec, codec};
+  const int n_pages = tokens / kPageTokens;
+  const Pages pages(n_pages, layer.layout.page_bytes());
+  const std::vector<float> key = normal_rows(int64_t{kPageTokens} * kChannels, 1);
+  const std::vector<float> value = normal_rows(int64_t{kPageTokens} * kChannels, 2);
+  for (int i = 0; i < n_pages; ++i) {
+    for (int block = 0; block < kBlocks; ++block) {
+      const int64_t row = int64_t{(block + i) % kBlocks} * 16 * kChannels;
+      if (!kv::grouped::grouped_store({&layer, key.data() + row, value.data() + row, kChannels, block, 0, 16, pages.owned[i].get()})) {
+        return state.SkipWithError("grouped_store");
+      }
+    }
+  }
+  const std::vector<float> q = queries();
+  const auto with = [&](const auto& kernel, int pages_used) {
+    return run_split(kKvHeads, pages_used, [&](int head, int first, int last, kernels::SoftmaxState into) {
+      kernel(kv::grouped::GroupedDecodeParams{&layer, pages.run(first, last), head, kRep, q.data() + int64_t{head} * kRep * kHeadDim, into});
+    });
+  };
+  // The reference takes the query as it is, the kernel rounds it to 8 bits.
+  if (largest_difference(with(kv::grouped::grouped_decode, 2), with(kv::grouped::grouped_decode_ref, 2)) > 5e-3) {
+    return state.SkipWithError("differs from the reference");
+  }
+  for (auto _ : state) benchmark::DoNotOptimize(with(kv::grouped::grouped_decode, n_pages));
+  count(state, tokens, pages.bytes);
+  state.counters["x_smaller"] = static_cast<double>(tokens) * kChannels * 4 / static_cast<double>(pages.bytes);
+}
+
+constexpr GroupedSide kInt2{2, kHeadDim, ScaleType::kFp16, 0, true};
+constexpr GroupedSide kInt8{8, kHeadDim, ScaleType::kFp16, 0, true};
+constexpr GroupedSide kBfp4{4, 32, ScaleType::kE8m0, 149, false};
+constexpr GroupedSide kQ8{8, 32, ScaleType::kFp16, 0, false};
+constexpr GroupedSide kFp8{8, kHeadDim, ScaleType::kFp16, 0, false};
+
 enum class Arrangement { kStacked, kExpanded, kGqa };
 
 void BM_sdpa(benchmark::State& state, at::ScalarType type, Arrangement arrangement) {
@@ -460,6 +505,11 @@ BENCHMARK_CAPTURE(BM_house_decode, rotunda3, 3, 0)->Apply(lengths);
 BENCHMARK_CAPTURE(BM_house_decode, rotunda4, 4, 0)->Apply(lengths);
 BENCHMARK_CAPTURE(BM_house_decode, rotunda2_shift16, 2, 16)->Apply(lengths);
 BENCHMARK_CAPTURE(BM_house_decode, rotunda2_shift64, 2, 64)->Apply(lengths);
+BENCHMARK_CAPTURE(BM_grouped_decode, quarot2, kInt2, GroupedCodec{})->Apply(lengths);
+BENCHMARK_CAPTURE(BM_grouped_decode, bfp4, kBfp4, GroupedCodec{.rule = Rule::kBlockFloat})->Apply(lengths);
+BENCHMARK_CAPTURE(BM_grouped_decode, int8, kInt8, GroupedCodec{})->Apply(lengths);
+BENCHMARK_CAPTURE(BM_grouped_decode, q8_0, kQ8, GroupedCodec{.rule = Rule::kLargestToTop})->Apply(lengths);
+BENCHMARK_CAPTURE(BM_grouped_decode, fp8, kFp8, GroupedCodec{.levels = Levels::kE4m3, .rule = Rule::kLargestToTop})->Apply(lengths);
 BENCHMARK_CAPTURE(BM_rotate_store, 2bit, 2, ZeroPoint::kCode)->Apply(counts);
 BENCHMARK_CAPTURE(BM_rotate_store, 2bit_minimum, 2, ZeroPoint::kMinimum)->Apply(counts);
 BENCHMARK_CAPTURE(BM_rotate_store, 3bit, 3, ZeroPoint::kCode)->Apply(counts);

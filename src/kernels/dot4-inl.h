@@ -1,4 +1,4 @@
-// Sums of four products of 8-bit integers in each 32-bit lane, per instruction set: included by *_cpu.cc files inside Highway's
+// Sums of four products of 8-bit integers in each 32-bit lane, and what goes with them, per instruction set: included by *_cpu.cc files inside Highway's
 // foreach_target loop. Highway 1.0.3 has no such operation.
 
 #if defined(ROTUNDA_KERNELS_DOT4_INL_H_) == defined(HWY_TARGET_TOGGLE)
@@ -67,6 +67,17 @@ HWY_INLINE IntVec Dot4(IntVec sum, WordVec codes, const uint32_t* factors) {
   return sum;
 #else
   return Dot4(sum, codes, hn::Set(WordTag(), *factors));
+#endif
+}
+
+/// The lowest byte of each lane.
+HWY_INLINE void StoreLowBytes(WordVec x, uint8_t* to) {
+#if HWY_TARGET == HWY_AVX3 || HWY_TARGET == HWY_AVX3_DL
+  // One instruction; Highway 1.0.3's TruncateTo gives wrong bytes with AVX3_DL.
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(x.raw));
+#else
+  const hn::Rebind<uint8_t, WordTag> d8;
+  hn::StoreU(hn::TruncateTo(d8, x), d8, to);
 #endif
 }
 

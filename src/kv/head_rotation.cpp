@@ -27,4 +27,16 @@ void rotate_values(const KvModel& model, ProjectionWeights& weights) {
   weights.o_weight = at::matmul(heads, matrix).reshape(weights.o_weight.sizes());
 }
 
+void rotate_values(const KvModel& model, const at::Tensor& matrices, ProjectionWeights& weights) {
+  const int64_t d = model.head_dim;
+  const at::Tensor transposed = matrices.transpose(1, 2);
+  weights.v_weight =
+      at::matmul(transposed, weights.v_weight.view({model.n_kv_heads, d, -1})).reshape(weights.v_weight.sizes());
+  if (weights.v_bias.defined())
+    weights.v_bias = at::matmul(transposed, weights.v_bias.view({model.n_kv_heads, d, 1})).reshape(weights.v_bias.sizes());
+  // [out, kv heads, query heads of each, d]: those of a kv head share its matrix.
+  const at::Tensor heads = weights.o_weight.view({weights.o_weight.size(0), model.n_kv_heads, -1, d});
+  weights.o_weight = at::matmul(heads, matrices).reshape(weights.o_weight.sizes());
+}
+
 }  // namespace rotunda::kv

@@ -15,5 +15,7 @@ void rotate_outputs(at::Tensor& weight, const at::Tensor& matrix);
 
 /// Values rotated by H of one head's size, and back behind the attention: W_v (and its bias) <- H^T W_v, W_o <- W_o H, head by head.
 void rotate_values(const KvModel& model, ProjectionWeights& weights);
+/// The same by a matrix of its own for every kv head, orthogonal: [n_kv_heads, d, d]. A permutation is exact.
+void rotate_values(const KvModel& model, const at::Tensor& matrices, ProjectionWeights& weights);
 
 }  // namespace rotunda::kv

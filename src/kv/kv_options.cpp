@@ -26,4 +26,30 @@ float parse_number(const KvSpec& spec, const std::string& key, float low, float 
   return number<float>(spec, key, low, high);
 }
 
+bool parse_exact_option(const KvSpec& spec, const std::string& key, ExactOptions& exact) {
+  if (key == "recent") {
+    exact.recent = parse_number(spec, key, 0, 1 << 20);
+  } else if (key == "first") {
+    exact.n_first = parse_number(spec, key, 0, 4096);
+  } else if (key == "sinks") {
+    exact.sinks = parse_number(spec, key, 0, 4096);
+  } else if (key == "sink_select") {
+    exact.sink_select =
+        parse_choice<SinkSelect>(spec, key, {{"prompt", SinkSelect::kPrompt}, {"running", SinkSelect::kRunning}});
+  } else {
+    return false;
+  }
+  return true;
+}
+
+std::vector<KvOption> describe_exact_options(const ExactOptions& defaults) {
+  return {
+      {"recent", std::to_string(defaults.recent), "newest tokens kept in 16 bits, 0 or more"},
+      {"first", std::to_string(defaults.n_first), "first tokens of a sequence kept in 16 bits, 0 or more"},
+      {"sinks", std::to_string(defaults.sinks),
+       "largest entries of a layer's input; their tokens stay in 16 bits too, 0 or more"},
+      {"sink_select", "prompt", "tokens that may be sinks: prompt or running (all so far)"},
+  };
+}
+
 }  // namespace rotunda::kv

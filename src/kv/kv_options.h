@@ -3,8 +3,10 @@
 #include <initializer_list>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "base/check.h"
+#include "kv/kv_format.h"
 #include "kv/kv_spec.h"
 
 namespace rotunda::kv {
@@ -40,5 +42,10 @@ Value parse_choice(const KvSpec& spec, const std::string& key,
   }
   throw_user_error(concat(spec.format, ": option ", key, "=", text, ", expected one of: ", known));
 }
+
+/// Reads `recent`, `first`, `sinks` and `sink_select`. @return whether `key` is one of them
+bool parse_exact_option(const KvSpec& spec, const std::string& key, ExactOptions& exact);
+/// Name, default and help of these four.
+std::vector<KvOption> describe_exact_options(const ExactOptions& defaults);
 
 }  // namespace rotunda::kv

@@ -80,7 +80,7 @@ TEST(KvSpecTest, RefusesWhatItCannotRead) {
       {"rotate2:recent=1:2", "recent"},
       {"Rotate2", "format name"},
       {"rotate2:Recent=3", "option name"},
-      {"nosuch", "expected one of: rotunda2"},
+      {"nosuch", "rotunda2, rotunda3, rotunda4"},
       {"rotate2:recent=-1", "recent=-1"},
       {"rotate2:recent=1e9", "recent=1e9"},
       {"rotate2:recent=99999999999999999999", "recent"},

@@ -21,16 +21,8 @@ HouseOptions HouseOptions::from_spec(const KvSpec& spec, int bits) {
   HouseOptions options;
   options.key_bits = options.value_bits = bits;
   for (const auto& [key, text] : spec.options) {
-    if (key == "recent") {
-      options.exact.recent = parse_number(spec, key, 0, 1 << 20);
-    } else if (key == "first") {
-      options.exact.n_first = parse_number(spec, key, 0, 4096);
-    } else if (key == "sinks") {
-      options.exact.sinks = parse_number(spec, key, 0, 4096);
-    } else if (key == "sink_select") {
-      options.exact.sink_select =
-          parse_choice<SinkSelect>(spec, key, {{"prompt", SinkSelect::kPrompt}, {"running", SinkSelect::kRunning}});
-    } else if (key == "balance") {
+    if (parse_exact_option(spec, key, options.exact)) continue;
+    if (key == "balance") {
       options.balance = parse_moments(spec, key);
     } else if (key == "shift") {
       options.shift = parse_choice<Shift>(
@@ -54,11 +46,8 @@ HouseOptions HouseOptions::from_spec(const KvSpec& spec, int bits) {
 }
 
 std::vector<KvOption> HouseOptions::describe(int bits) {
-  return {
-      {"recent", "64", "newest tokens kept in 16 bits, 0 or more"},
-      {"first", "4", "first tokens of a sequence kept in 16 bits, 0 or more"},
-      {"sinks", "20", "largest entries of a layer's input; their tokens stay in 16 bits too, 0 or more"},
-      {"sink_select", "prompt", "tokens that may be sinks: prompt or running (all so far)"},
+  std::vector<KvOption> options = describe_exact_options(HouseOptions().exact);
+  const std::vector<KvOption> own = {
       {"balance", "auto",
        "evens out queries and keys by RoPE pair: from the weights, calibrated, none; auto: calibrated if there is a "
        "calibration"},
@@ -71,6 +60,8 @@ std::vector<KvOption> HouseOptions::describe(int bits) {
       {"scale", "unbiased", "scale of a token: unbiased (scores are not shrunk) or least_squares (for comparison)"},
       {"values", std::to_string(bits), "bits of a value's code, 2 to 4"},
   };
+  options.insert(options.end(), own.begin(), own.end());
+  return options;
 }
 
 HouseOptions HouseOptions::resolved(bool calibrated) const {

@@ -63,6 +63,7 @@ using kernels::HWY_NAMESPACE::IntVec;
 using kernels::HWY_NAMESPACE::kLanes;
 using kernels::HWY_NAMESPACE::LaneTag;
 using kernels::HWY_NAMESPACE::LaneVec;
+using kernels::HWY_NAMESPACE::StoreLowBytes;
 using kernels::HWY_NAMESPACE::WordTag;
 using kernels::HWY_NAMESPACE::WordVec;
 
@@ -373,17 +374,6 @@ HWY_INLINE LaneVec ExpOfNegative(LaneVec x) {
   const IntTag di;
   const IntVec exponent = hn::ShiftLeft<23>(hn::Add(hn::ConvertTo(di, n), hn::Set(di, 127)));
   return hn::IfThenElse(hn::Gt(x, hn::Set(d, -87.0F)), hn::Mul(p, hn::BitCast(d, exponent)), hn::Zero(d));
-#endif
-}
-
-/// The lowest byte of each lane.
-HWY_INLINE void StoreLowBytes(WordVec x, uint8_t* to) {
-#if HWY_TARGET == HWY_AVX3 || HWY_TARGET == HWY_AVX3_DL
-  // One instruction; Highway 1.0.3's TruncateTo gives wrong bytes with AVX3_DL.
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(x.raw));
-#else
-  const hn::Rebind<uint8_t, WordTag> d8;
-  hn::StoreU(hn::TruncateTo(d8, x), d8, to);
 #endif
 }
 

@@ -1,0 +1,73 @@
+#pragma once
+
+#include <vector>
+
+#include "kernels/attention/decode_attention_ref.h"
+#include "kv/grouped/kernels/grouped_place.h"
+#include "kv/grouped/kernels/grouped_quantize.h"
+
+// What pages mean: one scalar at a time, in double.
+
+namespace rotunda::kv::grouped {
+
+/// Scale times unit of one group, rounded to fp32.
+inline double step_ref(const GroupedLayer& layer, const std::byte* page, bool key, int head, int64_t token, int group) {
+  const GroupedPageLayout& l = layer.layout;
+  const GroupedSide& side = key ? l.key : l.value;
+  uint16_t bits = 0;
+  std::memcpy(&bits, page + scale_place(l, head, key, group, token), static_cast<size_t>(side.scale_bytes()));
+  return scale_value(side, bits) * (key ? layer.key : layer.value).unit;
+}
+
+/// Element of the stored key or value.
+inline double element_ref(const GroupedLayer& layer, const std::byte* page, bool key, int head, int64_t token,
+                          int channel) {
+  const GroupedPageLayout& l = layer.layout;
+  const GroupedSide& side = key ? l.key : l.value;
+  const int group = channel / side.group;
+  const uint32_t zero =
+      side.zeros ? read_code(page, side.bits, [&](int width) { return zero_place(l, head, key, width, group, token); })
+                 : 0;
+  const uint32_t code = read_code(l, page, key, head, token, channel);
+  return step_ref(layer, page, key, head, token, group) * level(side, key ? layer.key : layer.value, code, zero);
+}
+
+inline void grouped_decode_ref(const GroupedDecodeParams& p) {
+  const GroupedPageLayout& l = p.layer->layout;
+  const int d = l.head_dim;
+  std::vector<std::vector<double>> scores(p.n_q);
+  std::vector<double> values;
+  for (int page = 0; page < p.run.n_pages; ++page) {
+    const std::byte* const bytes = p.run.pages[page];
+    for (int64_t t = 0; t < l.page_tokens(); ++t) {
+      if ((p.run.masks[int64_t{page} * l.blocks_per_page + t / kTokenBlock] >> t % kTokenBlock & 1) == 0) continue;
+      std::vector<double> key(d);
+      for (int c = 0; c < d; ++c) {
+        key[c] = element_ref(*p.layer, bytes, true, p.kv_head, t, c);
+        values.push_back(element_ref(*p.layer, bytes, false, p.kv_head, t, c));
+      }
+      for (int h = 0; h < p.n_q; ++h) {
+        double score = 0;
+        for (int c = 0; c < d; ++c) score += key[c] * p.q[int64_t{h} * d + c];
+        scores[h].push_back(score);
+      }
+    }
+  }
+  for (int h = 0; h < p.n_q; ++h)
+    kernels::accumulate_softmax_ref(scores[h], values, d, p.state.max + h, p.state.sum + h,
+                                    p.state.acc + int64_t{h} * d);
+}
+
+inline void grouped_load_ref(const GroupedLoadParams& p) {
+  const int d = p.layer->layout.head_dim;
+  for (int lane = 0; lane < kTokenBlock; ++lane) {
+    const int64_t token = int64_t{p.block} * kTokenBlock + lane;
+    for (int c = 0; c < d; ++c) {
+      p.key_out[c * kTokenBlock + lane] = static_cast<float>(element_ref(*p.layer, p.page, true, p.kv_head, token, c));
+      p.value_out[int64_t{lane} * d + c] =
+          static_cast<float>(element_ref(*p.layer, p.page, false, p.kv_head, token, c));
+    }
+  }
+}
+
+}  // namespace rotunda::kv::grouped
