@@ -58,7 +58,7 @@ std::vector<std::string> all_specs() {
       if (option.name == "shift") specs.push_back(name + ":shift=mean,recent=7");  // by a calibration
       if (option.name == "shift_pairs") specs.push_back(name + ":shift=mean,shift_pairs=0.5,recent=16");
       if (option.name == "feedback") specs.push_back(name + ":feedback=none"), specs.push_back(name + ":feedback=calibrated,recent=16");
-      if (option.name == "scale") specs.push_back(name + ":scale=least_squares,recent=0");
+      if (option.name == "scale") specs.push_back(name + (option.default_value == "norm" ? ":scale=length" : ":scale=least_squares,recent=0"));
       if (option.name == "values") specs.push_back(name + ":values=3,recent=7");
     }
   }

@@ -3,6 +3,9 @@
 #include <ATen/ATen.h>
 
 #include <bit>
+#include <cmath>
+#include <numbers>
+#include <numeric>
 
 #include "kv/head_rotation.h"
 
@@ -26,19 +29,39 @@ at::Tensor weight_energy(const KvModel& model, const at::Tensor& weight, const a
   return energy.view({model.n_kv_heads, model.head_dim});
 }
 
-at::Tensor random_signs(const KvModel& model, int layer, bool of_keys) {
-  const at::Tensor signs = at::empty({model.n_kv_heads, model.head_dim});
-  float* const out = signs.data_ptr<float>();
+at::Tensor random_rotation(const KvModel& model, int layer, bool of_keys) {
+  const int64_t d = model.head_dim;
+  const at::Tensor rotation = at::empty({model.n_kv_heads, d, d}, at::kDouble);
   uint64_t state = 2 * static_cast<uint64_t>(layer) + (of_keys ? 0 : 1);
   state *= 0xd1342543de82ef95ULL;  // apart, so that no two layers run through the same numbers
-  for (int64_t i = 0; i < signs.numel(); ++i) {
+  const auto uniform = [&] {  // above 0, up to 1
     state += 0x9e3779b97f4a7c15ULL;
     uint64_t x = state;
     x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ULL;
     x = (x ^ (x >> 27)) * 0x94d049bb133111ebULL;
-    out[i] = ((x ^ (x >> 31)) & 1) != 0 ? -1.0F : 1.0F;
+    return static_cast<double>(((x ^ (x >> 31)) >> 11) + 1) * 0x1p-53;
+  };
+  for (int head = 0; head < model.n_kv_heads; ++head) {
+    double* const rows = rotation.data_ptr<double>() + head * d * d;
+    for (int64_t i = 0; i < d; ++i) {
+      double* const row = rows + i * d;
+      for (int64_t j = 0; j < d; ++j) {
+        const double radius = std::sqrt(-2.0 * std::log(uniform()));
+        row[j] = radius * std::cos(2.0 * std::numbers::pi * uniform());
+      }
+      // Gram-Schmidt; a second time takes away what rounding has left.
+      for (int pass = 0; pass < 2; ++pass) {
+        for (int64_t before = 0; before < i; ++before) {
+          const double* const other = rows + before * d;
+          const double along = std::inner_product(row, row + d, other, 0.0);
+          for (int64_t j = 0; j < d; ++j) row[j] -= along * other[j];
+        }
+      }
+      const double length = std::sqrt(std::inner_product(row, row + d, row, 0.0));
+      for (int64_t j = 0; j < d; ++j) row[j] /= length;
+    }
   }
-  return signs;
+  return rotation.to(at::kFloat);
 }
 
 at::Tensor spread_eigenvectors(const at::Tensor& moment) {

@@ -16,8 +16,9 @@ at::Tensor value_order(const at::Tensor& energy);
 at::Tensor weight_energy(const KvModel& model, const at::Tensor& weight, const at::Tensor& bias,
                          const at::Tensor& input_gain);
 
-/// Signs of the random Hadamard transform, [n_kv_heads, d] fp32: bits of SplitMix64 counted from a seed by layer and side.
-at::Tensor random_signs(const KvModel& model, int layer, bool of_keys);
+/// A random rotation of each head, uniformly distributed: Gaussian rows (Box-Muller on SplitMix64, its state set by layer and side) made
+/// orthonormal one after the other. @return [n_kv_heads, d, d] fp32
+at::Tensor random_rotation(const KvModel& model, int layer, bool of_keys);
 
 /// OSCAR: eigenvectors of a second moment, largest eigenvalue first, in bit-reversed order, times H. @param moment [n_kv_heads, d, d] fp64
 /// @return [n_kv_heads, d, d] fp32, orthogonal

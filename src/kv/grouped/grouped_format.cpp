@@ -43,9 +43,9 @@ HeadBasis key_basis(const GroupedKind& kind, const GroupedOptions& options, cons
       if (options.sort == ChannelSort::kNone) return {};
       return HeadBasis::permutation(setup.get(concat("key_order.", layer), at::kLong, {heads, d}));
     case Basis::kHadamard:
-      return HeadBasis::hadamard(model.head_dim, {});
-    case Basis::kRandomHadamard:
-      return HeadBasis::hadamard(model.head_dim, random_signs(model, layer, /*of_keys=*/true));
+      return HeadBasis::hadamard(model.head_dim);
+    case Basis::kRandomRotation:
+      return HeadBasis::dense(random_rotation(model, layer, /*of_keys=*/true));
     case Basis::kAttentionAware:
       return HeadBasis::dense(setup.get(concat("key_basis.", layer), at::kFloat, {heads, d, d}));
   }
@@ -94,9 +94,8 @@ void GroupedFormat::fuse(const KvSpec& spec, const KvModel& model, int layer, Pr
     case Basis::kHadamard:
       rotate_values(model, weights);
       break;
-    case Basis::kRandomHadamard:
-      rotate_values(model, HeadBasis::hadamard(model.head_dim, random_signs(model, layer, /*of_keys=*/false)).matrix(),
-                    weights);
+    case Basis::kRandomRotation:
+      rotate_values(model, random_rotation(model, layer, /*of_keys=*/false), weights);
       break;
     case Basis::kAttentionAware: {
       const GroupedMoments moments = grouped_moments(model, layer, setup);

@@ -10,7 +10,7 @@ enum class Basis {
   kPlain,           ///< as they are
   kSorted,          ///< channels of a head in the order of their size (K-sort, arXiv:2403.20137); option `ksort`
   kHadamard,        ///< rotated by the Hadamard matrix of a head's size (QuaRot, arXiv:2404.00456)
-  kRandomHadamard,  ///< the same behind random signs (TurboQuant's random rotation, arXiv:2504.19874)
+  kRandomRotation,  ///< rotated at random (TurboQuant, arXiv:2504.19874)
   kAttentionAware,  ///< OSCAR (arXiv:2605.17757): calibrated eigenvectors, composed with Hadamard and bit reversal
 };
 

@@ -45,6 +45,9 @@ GroupedOptions GroupedOptions::from_spec(const KvSpec& spec, const GroupedKind& 
     } else if (key == "clamp" && is_block_float(kind)) {
       options.key_codec.symmetric = options.value_codec.symmetric =
           parse_choice<bool>(spec, key, {{"asymmetric", false}, {"symmetric", true}});
+    } else if (key == "scale" && kind.codec.rule == Rule::kNorm) {
+      options.key_codec.keep_length = options.value_codec.keep_length =
+          parse_choice<bool>(spec, key, {{"norm", false}, {"length", true}});
     } else if (key == "ksort" && kind.basis == Basis::kSorted) {
       options.sort = parse_choice<ChannelSort>(spec, key,
                                                {{"weights", ChannelSort::kWeights},
@@ -66,6 +69,10 @@ std::vector<KvOption> GroupedOptions::describe(const GroupedKind& kind) {
   if (is_block_float(kind)) {
     options.push_back({"values", std::to_string(kind.side.bits), "bits of a value's mantissa, 2 to 8"});
     options.push_back({"clamp", "asymmetric", "smallest mantissa: -2^(m-1) (asymmetric) or -(2^(m-1)-1) (symmetric)"});
+  }
+  if (kind.codec.rule == Rule::kNorm) {
+    options.push_back({"scale", "norm",
+                       "a vector's norm (norm, as published), or what makes the decoded vector as long (length)"});
   }
   if (kind.basis == Basis::kSorted) {
     options.push_back(

@@ -17,10 +17,9 @@ HeadBasis HeadBasis::permutation(const at::Tensor& order) {
   return basis;
 }
 
-HeadBasis HeadBasis::hadamard(int head_dim, const at::Tensor& signs) {
+HeadBasis HeadBasis::hadamard(int head_dim) {
   HeadBasis basis;
   basis.plan_ = kernels::hadamard_plan(head_dim);
-  if (signs.defined()) basis.signs_ = signs.contiguous();
   return basis;
 }
 
@@ -41,14 +40,7 @@ void HeadBasis::apply(int head, float* rows, int64_t n_rows, int64_t row_stride)
       for (int64_t i = 0; i < d; ++i) row[i] = from[order[i]];
     }
   }
-  if (plan_.n != 0) {
-    if (signs_.defined()) {
-      const float* const signs = signs_.const_data_ptr<float>() + int64_t{head} * plan_.n;
-      for (int64_t r = 0; r < n_rows; ++r)
-        for (int i = 0; i < plan_.n; ++i) rows[r * row_stride + i] *= signs[i];
-    }
-    kernels::hadamard_rows(plan_, /*inverse=*/false, rows, n_rows, row_stride);
-  }
+  if (plan_.n != 0) kernels::hadamard_rows(plan_, /*inverse=*/false, rows, n_rows, row_stride);
   if (matrix_.defined()) {
     const int64_t d = matrix_.size(1);
     const float* const matrix = matrix_.const_data_ptr<float>() + head * d * d;
@@ -71,14 +63,7 @@ void HeadBasis::undo_lanes(int head, float* lanes) const {
     for (int64_t i = 0; i < d; ++i)
       std::copy_n(from.data() + i * kTokenBlock, kTokenBlock, lanes + order[i] * kTokenBlock);
   }
-  if (plan_.n != 0) {
-    kernels::hadamard_lanes(plan_, /*inverse=*/true, lanes);
-    if (signs_.defined()) {
-      const float* const signs = signs_.const_data_ptr<float>() + int64_t{head} * plan_.n;
-      for (int i = 0; i < plan_.n; ++i)
-        for (int t = 0; t < kTokenBlock; ++t) lanes[i * kTokenBlock + t] *= signs[i];
-    }
-  }
+  if (plan_.n != 0) kernels::hadamard_lanes(plan_, /*inverse=*/true, lanes);
   if (matrix_.defined()) {
     const int64_t d = matrix_.size(1);
     const float* const matrix = matrix_.const_data_ptr<float>() + head * d * d;
@@ -99,8 +84,7 @@ at::Tensor HeadBasis::matrix() const {
     return at::zeros({order_.size(0), d, d}).scatter(1, order_.unsqueeze(1), at::ones({order_.size(0), 1, d}));
   }
   if (plan_.n == 0) return {};
-  const at::Tensor hadamard = hadamard_matrix(plan_.n, at::kFloat);
-  return signs_.defined() ? signs_.unsqueeze(2) * hadamard : hadamard.unsqueeze(0);
+  return hadamard_matrix(plan_.n, at::kFloat).unsqueeze(0);
 }
 
 }  // namespace rotunda::kv::grouped

@@ -15,8 +15,8 @@ class HeadBasis {
   HeadBasis() = default;  ///< changes nothing
   /// y[i] = x[order[i]]. @param order [n_kv_heads, d] int64, a permutation per head
   static HeadBasis permutation(const at::Tensor& order);
-  /// y = (x * signs) H. @param signs [n_kv_heads, d] fp32 of +1 and -1; undefined: all +1
-  static HeadBasis hadamard(int head_dim, const at::Tensor& signs);
+  /// y = x H
+  static HeadBasis hadamard(int head_dim);
   /// y = x M. @param matrix [n_kv_heads, d, d] fp32, orthogonal
   static HeadBasis dense(const at::Tensor& matrix);
 
@@ -29,7 +29,7 @@ class HeadBasis {
   at::Tensor matrix() const;
 
  private:
-  at::Tensor order_, signs_, matrix_;
+  at::Tensor order_, matrix_;
   kernels::HadamardPlan plan_;  // n = 0: none
 };
 

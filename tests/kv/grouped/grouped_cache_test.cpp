@@ -56,7 +56,7 @@ at::Tensor nearest(const at::Tensor& x, const std::vector<double>& levels) {
 }
 
 // Max, "Quantizing for minimum distortion" (1960), table I, on the format's grid of integers.
-at::Tensor lloyd_max(const at::Tensor& x, int bits) {
+at::Tensor lloyd_max(const at::Tensor& x, int bits, bool keep_length = false) {
   std::vector<double> upper = bits == 2 ? std::vector<double>{0.4528, 1.510}
                               : bits == 3
                                   ? std::vector<double>{0.2451, 0.7560, 1.344, 2.152}
@@ -66,8 +66,9 @@ at::Tensor lloyd_max(const at::Tensor& x, int bits) {
   levels.insert(levels.end(), upper.begin(), upper.end());
   const double grid = bits == 2 ? 39.73 : bits == 3 ? 28.87 : 22.32;
   for (double& level : levels) level = std::round(level * grid) / grid;
-  const at::Tensor coded = nearest(x / x.square().mean(1, true).sqrt(), levels);
-  return fp16((x.square().sum(1, true) / coded.square().sum(1, true)).sqrt()) * coded;
+  const at::Tensor scale = x.square().mean(1, true).sqrt();
+  const at::Tensor coded = nearest(x / scale, levels);
+  return fp16(keep_length ? (x.square().sum(1, true) / coded.square().sum(1, true)).sqrt() : scale) * coded;
 }
 
 // A float format of OCP: exponents from low on, `fraction` bits, largest `top`; ties to even.
@@ -106,7 +107,7 @@ at::Tensor ggml_q4_0(const at::Tensor& x) {
 
 // ---- bases, [n_kv_heads, d, d]: y = x B ------------------------------------------------------------------------------
 
-enum class Basis { kNone, kSorted, kSortedByCalibration, kHadamard, kRandomHadamard, kAttentionAware };
+enum class Basis { kNone, kSorted, kSortedByCalibration, kHadamard, kRandomRotation, kAttentionAware };
 
 at::Tensor sylvester(int64_t n) {
   at::Tensor matrix = at::ones({1, 1}, at::kDouble);
@@ -127,17 +128,22 @@ at::Tensor sorting(const at::Tensor& energy, bool keys) {
   return at::eye(d, at::kDouble).index_select(1, at::tensor(order, at::kLong));
 }
 
-// docs/formats.md: bit 0 of SplitMix64's outputs; its state starts at (2 layer + (0 for keys, 1 for values)) * 0xd1342543de82ef95.
-at::Tensor signs(int layer, bool keys, int64_t n) {
+// docs/formats.md: the uniform numbers are the upper 53 bits of SplitMix64's outputs plus one, times 2^-53; its state starts at
+// (2 layer + (0 for keys, 1 for values)) * 0xd1342543de82ef95.
+at::Tensor random_rotations(int layer, bool keys, int64_t n_heads, int64_t d) {
   uint64_t state = (2 * static_cast<uint64_t>(layer) + (keys ? 0 : 1)) * 0xd1342543de82ef95ULL;
-  std::vector<double> made;
-  for (int64_t i = 0; i < n; ++i) {
+  std::vector<double> uniform;
+  for (int64_t i = 0; i < 2 * n_heads * d * d; ++i) {
     state += 0x9e3779b97f4a7c15ULL;
     uint64_t x = (state ^ (state >> 30)) * 0xbf58476d1ce4e5b9ULL;
     x = (x ^ (x >> 27)) * 0x94d049bb133111ebULL;
-    made.push_back(((x ^ (x >> 31)) & 1) != 0 ? -1.0 : 1.0);
+    uniform.push_back(std::ldexp(static_cast<double>(((x ^ (x >> 31)) >> 11) + 1), -53));
   }
-  return at::tensor(made, at::kDouble);
+  const at::Tensor pairs = at::tensor(uniform, at::kDouble).view({n_heads, d, d, 2});
+  const at::Tensor gaussian = (-2 * pairs.select(3, 0).log()).sqrt() * (2 * M_PI * pairs.select(3, 1)).cos();
+  // Rows made orthonormal in order: the transposed Q of QR with R's diagonal positive.
+  const auto [q, r] = at::linalg_qr(gaussian.transpose(1, 2));
+  return (q * r.diagonal(0, 1, 2).sign().unsqueeze(1)).transpose(1, 2);
 }
 
 at::Tensor attention_aware(const at::Tensor& moment) {
@@ -207,8 +213,8 @@ at::Tensor basis_of(const KvModel& model, const Case& c, int layer, int64_t head
       return sorting(keys ? of_head("key_energy") : of_head("value_moment").diagonal(), keys);
     case Basis::kHadamard:
       return sylvester(kHeadDim);
-    case Basis::kRandomHadamard:
-      return signs(layer, keys, model.kv_channels()).view({-1, kHeadDim, 1})[head] * sylvester(kHeadDim);
+    case Basis::kRandomRotation:
+      return random_rotations(layer, keys, model.n_kv_heads, kHeadDim)[head];
     case Basis::kAttentionAware: {
       if (keys) return attention_aware(of_head("query_moment"));
       const at::Tensor mean = of_head("value_mean");
@@ -285,8 +291,7 @@ TEST_P(GroupedCacheTest, DecodingTokenByTokenIsTheMethod) {
   EXPECT_LT(nmse(at::cat(outs, 1), expected_), kDecodeTolerance);
 }
 
-// On a Gaussian the packed levels reach what Max's table gives: a least distortion D, and 2 - 2 sqrt(1 - D) once the length is
-// restored. Here of values, which attention to a single token returns.
+// On a Gaussian the packed levels reach what Max's table gives. Here of values, which attention to a single token returns.
 TEST(Turbo, DistortionIsThatOfLloydMax) {
   const KvModel model = testing::small_model(4, 4, 256);
   const double least[] = {0.1175, 0.03454, 0.009497};
@@ -299,7 +304,7 @@ TEST(Turbo, DistortionIsThatOfLloydMax) {
       const SeqId seq = fused.cache().create();
       error += nmse(fused.step({{seq, &one, 0, 1}}, StepKind::kQuantizeAll), exact_attention(model, one, 1)) / kRuns;
     }
-    const double expected = 2 - 2 * std::sqrt(1 - least[bits - 2]);
+    const double expected = least[bits - 2];
     // 25,000 elements: a standard error of about 1 %; the tails of a vector of given length are lighter than a Gaussian's, worth 6 / d.
     EXPECT_NEAR(error, expected, 0.05 * expected) << bits;
   }
@@ -321,9 +326,11 @@ INSTANTIATE_TEST_SUITE_P(
         both("bfp16", Basis::kSorted, 32, [](const at::Tensor& x) { return block_float(x, 8); }),
         Case{"bfp4:values=7", Basis::kSorted, 32, [](const at::Tensor& x) { return block_float(x, 4); },
              [](const at::Tensor& x) { return block_float(x, 7); }},
-        both("turbo2", Basis::kRandomHadamard, 64, [](const at::Tensor& x) { return lloyd_max(x, 2); }),
-        both("turbo3", Basis::kRandomHadamard, 64, [](const at::Tensor& x) { return lloyd_max(x, 3); }),
-        both("turbo4", Basis::kRandomHadamard, 64, [](const at::Tensor& x) { return lloyd_max(x, 4); }),
+        both("turbo2", Basis::kRandomRotation, 64, [](const at::Tensor& x) { return lloyd_max(x, 2); }),
+        both("turbo2:scale=length", Basis::kRandomRotation, 64,
+             [](const at::Tensor& x) { return lloyd_max(x, 2, /*keep_length=*/true); }),
+        both("turbo3", Basis::kRandomRotation, 64, [](const at::Tensor& x) { return lloyd_max(x, 3); }),
+        both("turbo4", Basis::kRandomRotation, 64, [](const at::Tensor& x) { return lloyd_max(x, 4); }),
         both("q8_0", Basis::kNone, 32, ggml_q8_0), both("q4_0", Basis::kNone, 32, ggml_q4_0),
         both("fp8", Basis::kNone, 64, [](const at::Tensor& x) { return scaled_to_top(x, kE4m3, false); }),
         both("mxint8", Basis::kNone, 32, [](const at::Tensor& x) { return block_float(x, 8, true, false); }),
@@ -404,7 +411,8 @@ TEST(GroupedOptions, WhatDoesNotFitIsRefusedInOneLine) {
   EXPECT_EQ(refusal("bfp4:values=9"), "bfp4: option values=9, expected a number from 2 to 8");
   EXPECT_EQ(refusal("bfp4:clamp=none"), "bfp4: option clamp=none, expected one of: asymmetric, symmetric");
   EXPECT_EQ(refusal("turbo2:group=32"),
-            "turbo2: option 'group' is unknown, expected one of: recent, first, sinks, sink_select");
+            "turbo2: option 'group' is unknown, expected one of: recent, first, sinks, sink_select, scale");
+  EXPECT_EQ(refusal("turbo2:scale=unbiased"), "turbo2: option scale=unbiased, expected one of: norm, length");
 }
 
 TEST(GroupedOptions, ANumberTooLargeForTheExponentIsRefused) {

@@ -23,7 +23,7 @@ enum class Rule : uint8_t {
   kMicroscaling,   ///< OCP: a power of two, elements rounded to the element format
   kLargestToTop,   ///< the largest magnitude becomes the largest level: scale = max / top
   kSignedLargest,  ///< GGML's Q4_0: the element of largest magnitude becomes -8
-  kNorm,           ///< TurboQuant: scale = root mean square, nearest level
+  kNorm,           ///< TurboQuant: nearest level of x over its root mean square
 };
 
 /// How the groups of keys or values are coded.
@@ -35,6 +35,7 @@ struct GroupedCodec {
   float clip = 1.0F;              ///< kMinMax: factor on the smallest and the largest element
   bool symmetric = false;         ///< kBlockFloat: no mantissa -2^(m - 1)
   bool carry = false;             ///< kBlockFloat: the next exponent where it costs less than saturating
+  bool keep_length = false;       ///< kNorm: the scale makes the decoded group as long as x; else it is the root mean square
 };
 
 /// Channels that one scale may serve at most.

@@ -205,19 +205,19 @@ inline std::optional<GroupScale> signed_largest(const GroupedSide& side, const f
   return GroupScale{bits, 0};
 }
 
-/// Levels nearest to x over its root mean square; then the scale that gives the decoded group the length of x (without that it would be too
-/// short by what the levels lose, and every score with it).
+/// The levels nearest to x over its root mean square; the scale is that, or what makes the decoded group as long as x.
 inline std::optional<GroupScale> norm(const GroupedSide& side, const GroupedCodec& codec, const float* x,
                                       uint8_t* codes) {
   double energy = 0.0;
   for (int i = 0; i < side.group; ++i) energy += static_cast<double>(x[i]) * x[i];
-  const double step = std::sqrt(energy / side.group) * codec.unit;
+  const double size = std::sqrt(energy / side.group);
   double coded = 0.0;
   for (int i = 0; i < side.group; ++i) {
-    codes[i] = nearest_level(codec, side.bits, step == 0.0 ? 0.0 : x[i] / step);
+    codes[i] = nearest_level(codec, side.bits, size == 0.0 ? 0.0 : x[i] / (size * codec.unit));
     coded += static_cast<double>(codec.table[codes[i]]) * codec.table[codes[i]];
   }
-  const auto bits = fp16_scale(static_cast<float>(std::sqrt(energy / coded) / codec.unit));
+  const double scale = codec.keep_length ? std::sqrt(energy / coded) / codec.unit : size;
+  const auto bits = fp16_scale(static_cast<float>(scale));
   if (!bits) return std::nullopt;
   return GroupScale{energy == 0.0 ? uint16_t{0} : *bits, 0};
 }
