@@ -1,4 +1,6 @@
 #include <algorithm>
+#include <string>
+#include <vector>
 
 #include "app/cli/commands.h"
 #include "app/cli/output.h"
@@ -9,17 +11,28 @@ namespace rotunda::cli {
 
 namespace {
 
+// The lines that say what options there are.
+std::string option_lines(const kv::KvFormat& format) {
+  const std::vector<kv::KvOption> options = format.options();
+  size_t width = 0;
+  for (const kv::KvOption& option : options) width = std::max(width, option.name.size() + 1 + option.default_value.size());
+  std::string text;
+  for (const kv::KvOption& option : options) {
+    const std::string setting = option.name + "=" + option.default_value;
+    text += concat("  ", setting, std::string(width - setting.size() + 2, ' '), option.help, "\n");
+  }
+  return text;
+}
+
+// Formats to take come first; neighbours with the same options have them listed once.
 int run_formats() {
-  for (const auto& format : kv::kv_registry().all()) {
-    write_stdout(concat(format->name(), ": ", format->summary(), "\n"));
-    size_t width = 0;
-    for (const kv::KvOption& option : format->options()) {
-      width = std::max(width, option.name.size() + 1 + option.default_value.size());
-    }
-    for (const kv::KvOption& option : format->options()) {
-      const std::string setting = option.name + "=" + option.default_value;
-      write_stdout(concat("  ", setting, std::string(width - setting.size() + 2, ' '), option.help, "\n"));
-    }
+  std::vector<const kv::KvFormat*> formats;
+  for (const auto& format : kv::kv_registry().all()) formats.push_back(format.get());
+  std::stable_partition(formats.begin(), formats.end(), [](const kv::KvFormat* format) { return format->recommended(); });
+  for (size_t i = 0; i < formats.size(); ++i) {
+    write_stdout(concat(formats[i]->name(), ": ", formats[i]->summary(), "\n"));
+    const std::string options = option_lines(*formats[i]);
+    if (i + 1 == formats.size() || option_lines(*formats[i + 1]) != options) write_stdout(options + "\n");
   }
   return 0;
 }
