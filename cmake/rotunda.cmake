@@ -111,14 +111,15 @@ function(_rotunda_use_torch_pch target)
   target_precompile_headers(${target} REUSE_FROM rotunda_torch_pch)
 endfunction()
 
-# rotunda_add_test(<name> SOURCES <files...> LINK <targets...> [LABELS <labels...>] [TORCH] [TIMEOUT <seconds>])
+# rotunda_add_test(<name> SOURCES <files...> LINK <targets...> [LABELS <labels...>] [TORCH] [TIMEOUT <seconds>] [SHARDS <n>])
+# With SHARDS ctest runs the program's tests in n parts, which it may run at once.
 # Every test carries the label `cpu` unless it says otherwise. A *_test.cpp that no call lists fails the configure
 # step (see rotunda_check_all_tests_listed).
 function(rotunda_add_test name)
   if(NOT ROTUNDA_BUILD_TESTS)
     return()
   endif()
-  cmake_parse_arguments(ARG "TORCH" "TIMEOUT" "SOURCES;LINK;LABELS" ${ARGN})
+  cmake_parse_arguments(ARG "TORCH" "TIMEOUT;SHARDS" "SOURCES;LINK;LABELS" ${ARGN})
   if(NOT ARG_LABELS)
     set(ARG_LABELS cpu)
   endif()
@@ -134,7 +135,6 @@ function(rotunda_add_test name)
   if(ARG_TORCH)
     _rotunda_use_torch_pch(${name})
   endif()
-  add_test(NAME ${name} COMMAND ${name})
   # ctest runs several tests at once and their tensors are tiny: more threads each would only wait for one another. What is
   # about threads calls at::set_num_threads itself.
   set(environment OMP_NUM_THREADS=1)
@@ -142,9 +142,21 @@ function(rotunda_add_test name)
     # LeakSanitizer stays on, without suppressions: LibTorch leaves nothing that it would report.
     list(APPEND environment UBSAN_OPTIONS=print_stacktrace=1)
   endif()
-  # COST: what may take longest starts first, so that no long test runs on alone at the end.
-  set_tests_properties(${name} PROPERTIES
-    LABELS "${ARG_LABELS}" TIMEOUT ${ARG_TIMEOUT} COST ${ARG_TIMEOUT} ENVIRONMENT "${environment}")
+  if(NOT ARG_SHARDS)
+    set(ARG_SHARDS 1)
+  endif()
+  math(EXPR last_shard "${ARG_SHARDS} - 1")
+  foreach(shard RANGE ${last_shard})
+    set(test_name ${name})
+    if(ARG_SHARDS GREATER 1)
+      set(test_name ${name}_${shard})
+    endif()
+    add_test(NAME ${test_name} COMMAND ${name})
+    # COST: what may take longest starts first, so that no long test runs on alone at the end.
+    set_tests_properties(${test_name} PROPERTIES
+      LABELS "${ARG_LABELS}" TIMEOUT ${ARG_TIMEOUT} COST ${ARG_TIMEOUT}
+      ENVIRONMENT "${environment};GTEST_TOTAL_SHARDS=${ARG_SHARDS};GTEST_SHARD_INDEX=${shard}")
+  endforeach()
   if("gpu" IN_LIST ARG_LABELS)
     rotunda_add_to_cuda_half(${name})
   endif()

@@ -251,11 +251,12 @@ class HouseStoreWarp {
     }
   }
 
-  /// The bits of 16 tokens, token 4 j + i to bit 8 i + step * j.
-  static __device__ uint32_t spread(uint32_t tokens, int step) {
+  /// The bits of the tokens of one word (16, or 8 at step 4), token 4 j + i to bit 8 i + kStep j.
+  template <int kStep>
+  static __device__ uint32_t spread(uint32_t tokens) {
     uint32_t word = 0;
 #pragma unroll
-    for (int t = 0; t < 16; ++t) word |= (tokens >> t & 1U) << (8 * (t % 4) + step * (t / 4));
+    for (int t = 0; t < (kStep == 4 ? 8 : 16); ++t) word |= (tokens >> t & 1U) << (8 * (t % 4) + kStep * (t / 4));
     return word;
   }
 
@@ -281,18 +282,18 @@ class HouseStoreWarp {
         const auto plane = [&](int b) { return planes[b] >> (16 * half) & 0xffffU; };
         if (bits_ == 4) {
           for (int word = 0; word < 2; ++word) {
-            const auto eight = [&](uint32_t tokens) { return spread(tokens >> (8 * word) & 255U, 4); };
+            const auto eight = [&](uint32_t tokens) { return spread<4>(tokens >> (8 * word)); };
             const uint32_t codes = eight(plane(0)) | eight(plane(1)) << 1 | eight(plane(2)) << 2 | eight(plane(3)) << 3;
             merge(row + word * d_, codes, eight(there) * 15U);
           }
           continue;
         }
-        merge(row, spread(plane(0), 2) | spread(plane(1), 2) << 1, spread(there, 2) * 3U);
+        merge(row, spread<2>(plane(0)) | spread<2>(plane(1)) << 1, spread<2>(there) * 3U);
       }
       if (bits_ == 3) {
         // The word of a pair: bits 4 o + j of byte i.
         auto* const row = reinterpret_cast<uint32_t*>(page + l.value_high_offset(head, 2 * pair.pair)) + channel;
-        const auto both = [&](uint32_t tokens) { return spread(tokens & 0xffffU, 1) | spread(tokens >> 16, 1) << 4; };
+        const auto both = [&](uint32_t tokens) { return spread<1>(tokens) | spread<1>(tokens >> 16) << 4; };
         merge(row, both(planes[2]), both(pair.tokens));
       }
     }
