@@ -28,11 +28,15 @@ for preset in cpu-release cpu-debug; do
 done
 
 echo "== cuda: compile"
-if command -v nvcc > /dev/null || [[ -n ${CUDACXX:-} || -x /usr/local/cuda/bin/nvcc ]]; then
+nvcc=${CUDACXX:-$(command -v nvcc || echo /usr/local/cuda/bin/nvcc)}
+toolkit=$("$nvcc" --version 2> /dev/null | sed -nE 's/.*release ([0-9]+)\..*/\1/p') || true
+if [[ -z $toolkit ]]; then
+  echo "-- cuda skipped: no nvcc on PATH, in /usr/local/cuda or named by CUDACXX"
+elif [[ $toolkit -lt 13 ]]; then
+  echo "-- cuda skipped: $nvcc is of CUDA $toolkit, expected 13 or newer"
+else
   scripts/build.sh cuda-compile "$jobs" cuda_half
   part_done "cuda-compile built"
-else
-  echo "-- cuda skipped: no nvcc on PATH or in /usr/local/cuda, and CUDACXX is not set"
 fi
 
 echo "== fuzz: ${smoke_seconds} s per target"
