@@ -59,7 +59,7 @@ ops::TensorBundle calibrate(const Session& session, std::string_view text, const
   std::vector<std::unique_ptr<kv::KvCalibrator>> calibrators;
   for (const std::string& name : formats) {
     const kv::KvFormat& format = session.formats->get(name);
-    if (all && format.unsupported_reason(kv::KvSpec{.format = name, .options = {}}, kv_model)) continue;
+    if (all && format.unsupported_reason(kv::KvSpec{.format = name, .options = {}, .parts = {}}, kv_model)) continue;
     auto calibrator = format.make_calibrator(kv_model);
     ROTUNDA_CHECK(calibrator || all, "format ", name, " has nothing to calibrate");
     if (!calibrator || std::find(names.begin(), names.end(), format.calibration_name()) != names.end()) continue;

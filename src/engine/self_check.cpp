@@ -48,7 +48,7 @@ std::vector<kv::KvSpec> alternatives(const Session& session, const KvBinding& bi
   const double least = least_bits(session, binding.used) - kSameSizeBits;
   std::multimap<double, kv::KvSpec> by_bits;
   for (const auto& format : session.formats->all()) {
-    const kv::KvSpec spec{.format = format->name(), .options = {}};
+    const kv::KvSpec spec{.format = format->name(), .options = {}, .parts = {}};
     const kv::KvSpec full = format->with_defaults(spec);
     if (!format->recommended() || spec == binding.requested ||
         format->unsupported_reason(full, session.model->info().kv))

@@ -194,7 +194,10 @@ class SpecReader {
 
 }  // namespace
 
-bool KvSpec::operator==(const KvSpec&) const = default;
+// Written out: clang 14 crashes over the default of a type that holds vectors of itself.
+bool KvSpec::operator==(const KvSpec& other) const {
+  return format == other.format && options == other.options && parts == other.parts;
+}
 
 std::string KvSpec::to_string() const {
   if (!parts.empty()) {

@@ -14,7 +14,7 @@ struct KvSpecPart;
 struct KvSpec {
   std::string format = "bf16";                 ///< kMixFormat for a mix
   std::map<std::string, std::string> options;  ///< only those given; a format's own defaults fill the rest
-  std::vector<KvSpecPart> parts = {};          ///< of a mix, as they were named; empty in any other spec
+  std::vector<KvSpecPart> parts;               ///< of a mix, as they were named; empty in any other spec
 
   /// The same text back, options in alphabetical order.
   std::string to_string() const;

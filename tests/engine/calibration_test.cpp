@@ -40,7 +40,7 @@ TEST_F(CalibrationTest, OnePassServesEveryFormatAndTheFileComesBack) {
   for (const auto& format : session_.formats->all()) {
     if (!format->make_calibrator(session_.model->info().kv)) continue;
     EXPECT_THAT(file.meta("rotunda.formats"), HasSubstr(format->calibration_name()));
-    const kv::KvSpec spec{.format = format->name(), .options = {}};
+    const kv::KvSpec spec{.format = format->name(), .options = {}, .parts = {}};
     if (format->calibration_use(format->with_defaults(spec)) == kv::CalibrationUse::kNone) continue;
     const KvBinding binding = bind_kv(session_, spec, folder_ / "file", {}, nullptr);
     EXPECT_NE(binding.make_cache(), nullptr);

@@ -67,10 +67,10 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   const kv::KvModel model = tiny_model();
   for (const char* name : {"bf16", "rotate2", "rotunda2"}) {
     const kv::KvFormat& format = kv::kv_registry().get(name);
-    expect_error_or_success([&] { format.make_cache({name, {}}, model, bundle); });
-    expect_error_or_success([&] { format.check_calibration({name, {}}, model, bundle); });
+    expect_error_or_success([&] { format.make_cache({name, {}, {}}, model, bundle); });
+    expect_error_or_success([&] { format.check_calibration({name, {}, {}}, model, bundle); });
     expect_error_or_success([&] {
-      kv::KvSpec spec{name, {}};
+      kv::KvSpec spec{name, {}, {}};
       if (format.calibration_use(spec) == kv::CalibrationUse::kRequired) spec.options["reorder"] = "none";
       ops::TensorBundle setup;
       kv::ProjectionWeights weights = tiny_projections(model);
