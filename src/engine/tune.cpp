@@ -11,7 +11,7 @@ namespace {
 
 // Layer `layer` in one format, the others as they are in the reference.
 kv::KvSpec with_one_layer(const kv::KvSpec& spec, int layer) {
-  kv::KvSpec mix{.format = kv::kMixFormat, .options = {}};
+  kv::KvSpec mix{.format = kv::kMixFormat, .options = {}, .parts = {}};
   mix.parts.push_back({.layers = {{layer, layer}}, .spec = spec});
   mix.parts.push_back({.layers = {}, .spec = kv::parse_kv_spec(kReferenceKv)});
   return mix;
@@ -76,7 +76,7 @@ kv::KvSpec spec_of_layers(const std::vector<kv::KvSpec>& candidates, const std::
   for (size_t c = 1; c < candidates.size(); ++c)
     if (count(c) > count(commonest)) commonest = c;
   if (count(commonest) == static_cast<int64_t>(choice.size())) return candidates[commonest];
-  kv::KvSpec mix{.format = kv::kMixFormat, .options = {}};
+  kv::KvSpec mix{.format = kv::kMixFormat, .options = {}, .parts = {}};
   for (size_t c = 0; c < candidates.size(); ++c) {
     if (c == commonest || count(c) == 0) continue;
     kv::KvSpecPart& part = mix.parts.emplace_back(kv::KvSpecPart{.layers = {}, .spec = candidates[c]});

@@ -47,8 +47,8 @@ std::string families_with_values() {
   for (const auto& keys : kv_registry().all()) {
     std::vector<std::string> partners;
     for (const auto& values : kv_registry().all()) {
-      const KvSpec key_spec{.format = keys->name(), .options = {}};
-      const KvSpec value_spec{.format = values->name(), .options = {}};
+      const KvSpec key_spec{.format = keys->name(), .options = {}, .parts = {}};
+      const KvSpec value_spec{.format = values->name(), .options = {}, .parts = {}};
       if (key_spec == value_spec || keys->with_values(key_spec, value_spec)) partners.push_back(values->name());
     }
     if (partners.size() > 1) families.insert(partners);
@@ -97,7 +97,7 @@ class SpecReader {
   bool at_layers() const { return is_layers(next(place_)); }
 
   KvSpec read_mix() {
-    KvSpec mix{.format = kMixFormat, .options = {}};
+    KvSpec mix{.format = kMixFormat, .options = {}, .parts = {}};
     bool rest = false;
     do {
       ROTUNDA_CHECK(!rest, "kv spec '", text_, "': got '", next(place_), "' after the format of the remaining layers, which stands last");

@@ -29,7 +29,7 @@ using testing::Text;
 class NegativePages final : public WindowedCache {
  public:
   NegativePages(const KvModel& model, const ExactOptions& exact, int64_t n_lost)
-      : WindowedCache({"negative", {}}, model, exact, layout_of(model).page_bytes(), 8 * model.kv_channels(), 0),
+      : WindowedCache({"negative", {}, {}}, model, exact, layout_of(model).page_bytes(), 8 * model.kv_channels(), 0),
         layout_(layout_of(model)),
         n_lost_(n_lost) {}
 

@@ -188,8 +188,8 @@ TEST_P(FusedFormatTest, RotatedValuesGiveTheSameLogits) {
   const std::shared_ptr<const CausalLm> lm = load_causal_lm((golden_dir() / "models" / GetParam()).string(), {});
   const ValueRotatingFormat format;
   ops::TensorBundle setup;
-  const std::shared_ptr<const CausalLm> fused = lm->with_kv_format(format, {.format = "value_rotating", .options = {}}, setup);
-  const std::shared_ptr<const CausalLm> unchanged = lm->with_kv_format(format, {.format = "nothing", .options = {}}, setup);
+  const std::shared_ptr<const CausalLm> fused = lm->with_kv_format(format, {.format = "value_rotating", .options = {}, .parts = {}}, setup);
+  const std::shared_ptr<const CausalLm> unchanged = lm->with_kv_format(format, {.format = "nothing", .options = {}, .parts = {}}, setup);
 
   const auto logits_and_values = [&](const CausalLm& model) {
     ReferenceCache cache(model.info().kv);
@@ -213,10 +213,10 @@ TEST(FusedFormatErrorsTest, PassOnTheReason) {
   const std::shared_ptr<const CausalLm> lm = load_causal_lm((golden_dir() / "models" / kCase).string(), {});
   const ValueRotatingFormat format;
   ops::TensorBundle setup;
-  EXPECT_THAT(user_error_of([&] { lm->with_kv_format(format, {.format = "unsupported", .options = {}}, setup); }),
+  EXPECT_THAT(user_error_of([&] { lm->with_kv_format(format, {.format = "unsupported", .options = {}, .parts = {}}, setup); }),
               HasSubstr("value_rotating: not this model"));
   EXPECT_THAT(user_error_of([&] {
-                lm->with_kv_format(format, {.format = "value_rotating", .options = {{"a", "b"}}}, setup);
+                lm->with_kv_format(format, {.format = "value_rotating", .options = {{"a", "b"}}, .parts = {}}, setup);
               }),
               HasSubstr("no options"));
 }

@@ -25,7 +25,7 @@ int run_calibrate(const Arguments& arguments) {
   check_writable(arguments.out);
   const std::string text = engine::read_text_file(arguments.text);
   std::vector<kv::KvSpec> specs;
-  for (const std::string& name : arguments.options.formats) specs.push_back({.format = name, .options = {}});
+  for (const std::string& name : arguments.options.formats) specs.push_back({.format = name, .options = {}, .parts = {}});
   engine::CalibrateOptions options = arguments.options;
   options.progress = progress.callback();
   options.stop = catch_interrupt();

@@ -50,7 +50,7 @@ int run_info(const Arguments& arguments, const CLI::App& command) {
   Json results = Json::array();
   const double elements = 2.0 * info.kv.kv_channels() * info.kv.n_layers;
   for (const auto& format : kv::kv_registry().all()) {
-    const kv::KvSpec spec = format->with_defaults({.format = format->name(), .options = {}});
+    const kv::KvSpec spec = format->with_defaults({.format = format->name(), .options = {}, .parts = {}});
     if (const auto reason = format->unsupported_reason(spec, info.kv)) {
       table.add_row({format->name(), "-", "-", "-", *reason});
       results.push_back({{"kv_used", spec.to_string()}, {"unsupported", *reason}});

@@ -66,7 +66,7 @@ MixPlan::MixPlan(const KvSpec& spec, const KvModel& model) : places(static_cast<
 }
 
 KvSpec MixPlan::spec() const {
-  KvSpec made{.format = kMixFormat, .options = {}};
+  KvSpec made{.format = kMixFormat, .options = {}, .parts = {}};
   for (const MixPart& part : parts) {
     KvSpecPart& one = made.parts.emplace_back();
     one.spec = part.spec;

@@ -174,16 +174,16 @@ TEST(RotateCalibrationTest, RefusesWhatIsNoPermutationOfThisModel) {
   const KvModel model = small_model(8, 4, 64);
   FusedCache fused("rotate2", model);
   const KvFormat& format = kv_registry().get("rotate2");
-  EXPECT_THROW(format.make_cache({"rotate2", {}}, model, {}), Error);
+  EXPECT_THROW(format.make_cache({"rotate2", {}, {}}, model, {}), Error);
   for (const int32_t bad : {-1, 256, 7}) {
     ops::TensorBundle bundle = fused.calibration();
     bundle.tensors["rotate.perm.layer"] = bundle.tensors["rotate.perm.layer"].clone();
     bundle.tensors["rotate.perm.layer"][1][3] = bad;
     bundle.tensors["rotate.perm.layer"][1][4] = 7;
-    EXPECT_THROW(format.make_cache({"rotate2", {}}, model, bundle), Error) << bad;
+    EXPECT_THROW(format.make_cache({"rotate2", {}, {}}, model, bundle), Error) << bad;
   }
-  EXPECT_THROW(format.make_cache({"rotate2", {}}, small_model(8, 2, 64), fused.calibration()), Error);
-  EXPECT_THROW(format.make_cache({"rotate2", {}}, small_model(8, 4, 128), fused.calibration()), Error);
+  EXPECT_THROW(format.make_cache({"rotate2", {}, {}}, small_model(8, 2, 64), fused.calibration()), Error);
+  EXPECT_THROW(format.make_cache({"rotate2", {}, {}}, small_model(8, 4, 128), fused.calibration()), Error);
 }
 
 TEST(RotateFormatTest, BitsPerElementAreThePublishedOnesPlusRealMetadata) {
