@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include "kernels/attention/plain_decode_cuda.h"
+#include "kernels/plain_paged_case.h"
 #include "kernels/run_on_gpu.h"
 
 namespace rotunda::kernels {
@@ -16,17 +17,8 @@ class PlainDecodeGpuTest : public ::testing::Test {
 
   void expect_reference(ElementType type, const PagedCase::Shape& shape) {
     const PlainPageLayout layout{type, shape.n_kv_heads, shape.head_dim, PagedCase::kPageTokens / 16};
-    PagedCase test(shape, layout.page_bytes(), kPlainUnitTokens, 21, [&](std::byte* page, std::mt19937& random) {
-      std::normal_distribution<float> normal;
-      for (int64_t i = 0; i < layout.page_bytes() / 2; ++i) {
-        const float x = normal(random);
-        const uint16_t bits = type == ElementType::kBf16 ? to_bfloat16(x).bits : to_half(x).bits;
-        std::memcpy(page + 2 * i, &bits, 2);
-      }
-    });
-    const auto expected = test.expected([&](const PageRun& run, int, int head, const float* q, const SoftmaxState& state) {
-      decode_plain_ref({layout, run, head, shape.n_q, q, state});
-    });
+    PagedCase test = testing::plain_case(shape, layout, kPlainUnitTokens);
+    const auto expected = testing::plain_expected(test, layout);
     PagedDecodeGrid grid;
     testing::check_cuda(plain_decode_grid(test.params({1, 1}), type, &grid), "grid");
     const auto out = testing::run_on_gpu(test, grid, [&](const PagedDecode& p) { return plain_decode_cuda(p, type, grid, nullptr); });

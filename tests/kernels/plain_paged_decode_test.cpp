@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include "kernels/attention/plain_block.cuh"
+#include "kernels/plain_paged_case.h"
 #include "kernels/run_emulated.h"
 
 namespace rotunda::kernels {
@@ -19,17 +20,8 @@ using Kernel = PagedDecodeKernel<PlainBlock<T, kHeadDim, kSets, true, PagedCase:
 template <typename Kernel>
 void expect_reference(ElementType type, const PagedCase::Shape& shape, int blocks) {
   const PlainPageLayout layout{type, shape.n_kv_heads, shape.head_dim, PagedCase::kPageTokens / 16};
-  PagedCase test(shape, layout.page_bytes(), 16, 11, [&](std::byte* page, std::mt19937& random) {
-    std::normal_distribution<float> normal;
-    for (int64_t i = 0; i < layout.page_bytes() / 2; ++i) {
-      const float x = normal(random);
-      const uint16_t bits = type == ElementType::kBf16 ? to_bfloat16(x).bits : to_half(x).bits;
-      std::memcpy(page + 2 * i, &bits, 2);
-    }
-  });
-  const auto expected = test.expected([&](const PageRun& run, int, int head, const float* q, const SoftmaxState& state) {
-    decode_plain_ref({layout, run, head, shape.n_q, q, state});
-  });
+  PagedCase test = testing::plain_case(shape, layout, 16);
+  const auto expected = testing::plain_expected(test, layout);
   EXPECT_LT(PagedCase::relative_error(testing::run_emulated<Kernel>(test, blocks), expected), type == ElementType::kBf16 ? 1e-5 : 2e-6);
 }
 

@@ -165,27 +165,43 @@ __device__ __forceinline__ int share_owner(int64_t units, int64_t unit, int warp
   return static_cast<int>(((unit + 1) * warps - 1) / units);
 }
 
+/// The parts of one (sequence, kv head): of its pages, then of its exact tokens. A part's slot is its warp plus its segment's number, which
+/// rises along the list of units.
+struct PartSlots {
+  int page_first = 0;
+  int page_count = 0;
+  int exact_first = 0;
+  int exact_count = 0;
+
+  __device__ PartSlots(const PagedDecode& p, int seq, int head, int64_t units, int warps) {
+    const int segment = 2 * (seq * p.n_kv_heads + head);
+    const int of_seq = p.units_before[seq + 1] - p.units_before[seq];
+    const int64_t begin = int64_t{p.units_before[seq]} * p.n_kv_heads + int64_t{head} * of_seq;
+    const int64_t end = begin + of_seq;
+    const int64_t middle = end - p.exact_blocks;
+    if (middle > begin) {
+      page_first = share_owner(units, begin, warps) + segment;
+      page_count = share_owner(units, middle - 1, warps) + segment - page_first + 1;
+    }
+    if (end > middle) {
+      exact_first = share_owner(units, middle, warps) + segment + 1;
+      exact_count = share_owner(units, end - 1, warps) + segment + 1 - exact_first + 1;
+    }
+  }
+  __device__ int count() const { return page_count + exact_count; }
+  __device__ int64_t slot(int i) const { return i < page_count ? page_first + i : exact_first + i - page_count; }
+};
+
 /// Merges all parts of one (sequence, kv head) and writes its outputs. One warp.
 template <int kHeadDim, int kSets>
-__device__ void merge_parts(const PagedDecode& p, const PartsView<kHeadDim, kSets>& parts, int seq, int head, int64_t units, int warps) {
+__device__ void merge_parts(const PagedDecode& p, const PartsView<kHeadDim, kSets>& parts, int seq, int head, const PartSlots& slots) {
   constexpr int kHeads = 4 * kSets;
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
-  const int segment = seq * p.n_kv_heads + head;
-  const int of_seq = p.units_before[seq + 1] - p.units_before[seq];
-  const int64_t begin = int64_t{p.units_before[seq]} * p.n_kv_heads + int64_t{head} * of_seq;
-  const int64_t middle = begin + of_seq - p.exact_blocks;
-  const int64_t end = begin + of_seq;
-  // Slots of pages, then of exact tokens; a slot is warp + kind of unit, which rises along the list.
-  const int page_first = middle > begin ? share_owner(units, begin, warps) + 2 * segment : 0;
-  const int page_count = middle > begin ? share_owner(units, middle - 1, warps) + 2 * segment - page_first + 1 : 0;
-  const int exact_first = end > middle ? share_owner(units, middle, warps) + 2 * segment + 1 : 0;
-  const int exact_count = end > middle ? share_owner(units, end - 1, warps) + 2 * segment + 1 - exact_first + 1 : 0;
-  const int count = page_count + exact_count;
-  const auto slot = [&](int i) { return int64_t{i < page_count ? page_first + i : exact_first + i - page_count}; };
+  const int count = slots.count();
   for (int h = 0; h < p.n_q; ++h) {
     float top = -INFINITY;
     for (int i = lane; i < count; i += kWarp) {
-      const float2 part = __ldcg(parts.softmax + slot(i) * kHeads + h);
+      const float2 part = __ldcg(parts.softmax + slots.slot(i) * kHeads + h);
       if (part.y > 0) top = fmaxf(top, part.x);
     }
 #pragma unroll
@@ -198,7 +214,7 @@ __device__ void merge_parts(const PagedDecode& p, const PartsView<kHeadDim, kSet
     for (int from = 0; from < count; from += kWarp) {
       float weight = 0;
       if (from + lane < count) {
-        const float2 part = __ldcg(parts.softmax + slot(from + lane) * kHeads + h);
+        const float2 part = __ldcg(parts.softmax + slots.slot(from + lane) * kHeads + h);
         if (part.y > 0) {
           weight = ptx::exp2_approximate(part.x - top);
           sum += weight * part.y;
@@ -207,7 +223,7 @@ __device__ void merge_parts(const PagedDecode& p, const PartsView<kHeadDim, kSet
       for (unsigned left = __ballot_sync(kAllLanes, weight > 0); left != 0; left &= left - 1) {
         const int i = __ffs(static_cast<int>(left)) - 1;
         const float w = __shfl_sync(kAllLanes, weight, i);
-        const float* const row = parts.out + (slot(from + i) * kHeads + h) * kHeadDim;
+        const float* const row = parts.out + (slots.slot(from + i) * kHeads + h) * kHeadDim;
 #pragma unroll
         for (int c = 0; c < kPerLane; ++c) acc[c] += w * __ldcg(row + c * kWarp + lane);
       }
@@ -225,23 +241,17 @@ __device__ void merge_parts(const PagedDecode& p, const PartsView<kHeadDim, kSet
 template <int kHeadDim, int kSets>
 __device__ void arrive(const PagedDecode& p, const PartsView<kHeadDim, kSets>& parts, int seq, int head, int arrived, int64_t units,
                        int warps) {
-  const int of_seq = p.units_before[seq + 1] - p.units_before[seq];
-  const int64_t begin = int64_t{p.units_before[seq]} * p.n_kv_heads + int64_t{head} * of_seq;
-  const int64_t middle = begin + of_seq - p.exact_blocks;
-  const int64_t end = begin + of_seq;
-  int expected = 0;
-  if (middle > begin) expected += share_owner(units, middle - 1, warps) - share_owner(units, begin, warps) + 1;
-  if (end > middle) expected += share_owner(units, end - 1, warps) - share_owner(units, middle, warps) + 1;
+  const PartSlots slots(p, seq, head, units, warps);
   __syncwarp();
   int last = 0;
   if (threadIdx.x % kWarp == 0) {
     int* const counter = parts.counters + seq * p.n_kv_heads + head;
     __threadfence();
-    last = atomicAdd(counter, arrived) + arrived == expected;
+    last = atomicAdd(counter, arrived) + arrived == slots.count();
     if (last) *counter = 0;  // for the next launch
     __threadfence();
   }
-  if (__shfl_sync(kAllLanes, last, 0) != 0) merge_parts(p, parts, seq, head, units, warps);
+  if (__shfl_sync(kAllLanes, last, 0) != 0) merge_parts(p, parts, seq, head, slots);
 }
 
 /// The kernel's body: Pages and Exact are codecs.
