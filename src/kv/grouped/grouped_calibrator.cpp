@@ -3,6 +3,7 @@
 #include <ATen/ATen.h>
 
 #include "base/check.h"
+#include "kv/moments.h"
 
 namespace rotunda::kv::grouped {
 
@@ -18,18 +19,12 @@ class GroupedCalibrator final : public KvCalibrator {
         value_sum_(at::zeros_like(key_square_sum_)) {}
 
   void observe(int layer, const AttendInput& in) override {
-    const int64_t n_tokens = in.k.size(0);
-    const auto [cos, sin] = model_.rope.cos_sin(at::arange(n_tokens, at::kLong), n_tokens);
-    const at::Tensor q = ops::apply_rope(in.q.to(at::kFloat), cos, sin)
-                             .view({n_tokens, model_.n_kv_heads, -1, model_.head_dim})
-                             .permute({1, 0, 2, 3})
-                             .reshape({model_.n_kv_heads, -1, model_.head_dim});  // [n_kv_heads, T * rep, d]
-    query_[layer].add_(at::bmm(q.transpose(1, 2), q));
+    query_[layer].add_(query_products(model_, in.q));
     key_square_sum_[layer].add_(in.k.to(at::kDouble).square().sum(0));
     const at::Tensor v = in.v.to(at::kDouble).transpose(0, 1);  // [n_kv_heads, T, d]
     value_[layer].add_(at::bmm(v.transpose(1, 2), v));
     value_sum_[layer].add_(v.sum(1));
-    if (layer == 0) n_tokens_ += n_tokens;
+    if (layer == 0) n_tokens_ += in.k.size(0);
   }
 
   ops::TensorBundle finish() override {
@@ -65,10 +60,7 @@ std::unique_ptr<KvCalibrator> make_grouped_calibrator(const KvModel& model) {
 GroupedMoments grouped_moments(const KvModel& model, int layer, const ops::TensorBundle& calibration) {
   const int64_t n_layers = model.n_layers, heads = model.n_kv_heads, d = model.head_dim;
   const auto part = [&](const char* name, at::IntArrayRef sizes) {
-    const at::Tensor tensor = calibration.get(name, at::kFloat, sizes)[layer].to(at::kDouble);
-    ROTUNDA_CHECK(tensor.isfinite().all().item<bool>(), calibration.origin, ": tensor ", name, " of layer ", layer,
-                  " is not finite");
-    return tensor;
+    return calibrated_layer(calibration, name, sizes, layer);
   };
   GroupedMoments moments;
   moments.query = part("query_moment", {n_layers, heads, d, d});

@@ -3,6 +3,7 @@
 #include <ATen/ATen.h>
 
 #include "base/check.h"
+#include "kv/moments.h"
 
 namespace rotunda::kv::house {
 
@@ -17,17 +18,11 @@ class HouseCalibrator final : public KvCalibrator {
         key_square_sum_(at::zeros_like(key_sum_)) {}
 
   void observe(int layer, const AttendInput& in) override {
-    const int64_t n_tokens = in.k.size(0);
-    const auto [cos, sin] = model_.rope.cos_sin(at::arange(n_tokens, at::kLong), n_tokens);
-    const at::Tensor q = ops::apply_rope(in.q.to(at::kFloat), cos, sin)
-                             .view({n_tokens, model_.n_kv_heads, -1, model_.head_dim})
-                             .permute({1, 0, 2, 3})
-                             .reshape({model_.n_kv_heads, -1, model_.head_dim});  // [n_kv_heads, T * rep, d]
-    query_moment_[layer].add_(at::bmm(q.transpose(1, 2), q));
+    query_moment_[layer].add_(query_products(model_, in.q));
     const at::Tensor k = in.k.to(at::kDouble);
     key_sum_[layer].add_(k.sum(0));
     key_square_sum_[layer].add_(k.square().sum(0));
-    if (layer == 0) n_tokens_ += n_tokens;
+    if (layer == 0) n_tokens_ += in.k.size(0);
   }
 
   ops::TensorBundle finish() override {

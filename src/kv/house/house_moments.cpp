@@ -6,6 +6,7 @@
 #include <cmath>
 
 #include "base/check.h"
+#include "kv/moments.h"
 
 namespace rotunda::kv::house {
 
@@ -67,10 +68,7 @@ LayerMoments weight_moments(const KvModel& model, const ProjectionWeights& weigh
 LayerMoments calibrated_moments(const KvModel& model, int layer, const ops::TensorBundle& calibration) {
   const int64_t n_layers = model.n_layers, heads = model.n_kv_heads, d = model.head_dim;
   const auto part = [&](const char* name, at::IntArrayRef sizes) {
-    const at::Tensor tensor = calibration.get(name, at::kFloat, sizes)[layer].to(at::kDouble);
-    ROTUNDA_CHECK(tensor.isfinite().all().item<bool>(), calibration.origin, ": tensor ", name, " of layer ", layer,
-                  " is not finite");
-    return tensor;
+    return calibrated_layer(calibration, name, sizes, layer);
   };
   LayerMoments moments;
   moments.query = part("query_moment", {n_layers, heads, d, d});
