@@ -46,27 +46,44 @@ inline void accumulate_softmax_ref(const std::vector<double>& scores, const std:
   for (int c = 0; c < head_dim; ++c) acc[c] = static_cast<float>(out[c] * slack);
 }
 
-inline void decode_plain_ref(const PlainDecodeParams& p) {
-  const PlainPageLayout& layout = p.layout;
-  const int d = layout.head_dim;
-  for (int h = 0; h < p.n_q; ++h) {
-    std::vector<double> scores;
-    std::vector<double> values;
-    for (int page = 0; page < p.run.n_pages; ++page) {
-      for (int64_t t = 0; t < layout.page_tokens(); ++t) {
-        const int block = static_cast<int>(t / kTokenBlock);
-        const int lane = static_cast<int>(t % kTokenBlock);
-        if ((p.run.masks[page * layout.blocks_per_page + block] >> lane & 1) == 0) continue;
-        const std::byte* const key = p.run.pages[page] + layout.key_block_offset(p.kv_head, block);
-        const std::byte* const value = p.run.pages[page] + layout.value_row_offset(p.kv_head, t);
-        double score = 0;
-        for (int c = 0; c < d; ++c) score += static_cast<double>(p.q[h * d + c]) * plain_element_ref(layout, key, c * kTokenBlock + lane);
-        scores.push_back(score);
-        for (int c = 0; c < d; ++c) values.push_back(plain_element_ref(layout, value, c));
+/// Decode attention over a run of pages, whatever they hold; merged into `state`.
+/// @param q [n_q][head_dim]
+/// @param element (page's bytes, of a key, token within the page, channel) -> double
+/// @param given (page of the run, query head, token within the page) -> double, what a score begins with
+template <typename Element, typename Given>
+void decode_pages_ref(const PageRun& run, int blocks_per_page, int head_dim, int n_q, const float* q, const Element& element,
+                      const Given& given, const SoftmaxState& state) {
+  std::vector<std::vector<double>> scores(n_q);
+  std::vector<double> values;
+  for (int page = 0; page < run.n_pages; ++page) {
+    for (int64_t t = 0; t < int64_t{blocks_per_page} * kTokenBlock; ++t) {
+      if ((run.masks[int64_t{page} * blocks_per_page + t / kTokenBlock] >> t % kTokenBlock & 1) == 0) continue;
+      std::vector<double> key(head_dim);
+      for (int c = 0; c < head_dim; ++c) {
+        key[c] = element(run.pages[page], true, t, c);
+        values.push_back(element(run.pages[page], false, t, c));
+      }
+      for (int h = 0; h < n_q; ++h) {
+        double score = given(page, h, t);
+        for (int c = 0; c < head_dim; ++c) score += key[c] * q[int64_t{h} * head_dim + c];
+        scores[h].push_back(score);
       }
     }
-    accumulate_softmax_ref(scores, values, d, p.state.max + h, p.state.sum + h, p.state.acc + int64_t{h} * d);
   }
+  for (int h = 0; h < n_q; ++h)
+    accumulate_softmax_ref(scores[h], values, head_dim, state.max + h, state.sum + h, state.acc + int64_t{h} * head_dim);
+}
+
+inline void decode_plain_ref(const PlainDecodeParams& p) {
+  const PlainPageLayout& layout = p.layout;
+  decode_pages_ref(
+      p.run, layout.blocks_per_page, layout.head_dim, p.n_q, p.q,
+      [&](const std::byte* page, bool key, int64_t t, int c) {
+        if (!key) return plain_element_ref(layout, page + layout.value_row_offset(p.kv_head, t), c);
+        const std::byte* const block = page + layout.key_block_offset(p.kv_head, static_cast<int>(t / kTokenBlock));
+        return plain_element_ref(layout, block, c * kTokenBlock + t % kTokenBlock);
+      },
+      [](int, int, int64_t) { return 0.0; }, p.state);
 }
 
 }  // namespace rotunda::kernels

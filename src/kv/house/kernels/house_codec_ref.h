@@ -250,29 +250,12 @@ inline double shift_score_ref(const ShiftTerm& s, int half, int page, int h, int
 
 inline void house_decode_ref(const HouseDecodeParams& p) {
   const HousePageLayout& l = p.layer->layout;
-  const int d = l.head_dim;
-  std::vector<std::vector<double>> scores(p.n_q);
-  std::vector<double> values;
-  for (int page = 0; page < p.run.n_pages; ++page) {
-    const std::byte* const bytes = p.run.pages[page];
-    for (int64_t t = 0; t < l.page_tokens(); ++t) {
-      if ((p.run.masks[int64_t{page} * l.blocks_per_page + t / kTokenBlock] >> t % kTokenBlock & 1) == 0) continue;
-      std::vector<double> key(d);
-      for (int c = 0; c < d; ++c) {
-        key[c] = element_ref(l, bytes, true, p.kv_head, t, c);
-        values.push_back(element_ref(l, bytes, false, p.kv_head, t, c));
-      }
-      for (int h = 0; h < p.n_q; ++h) {
-        double score = shift_score_ref(p.shift, d / 2, page, h, t);
-        for (int c = 0; c < d; ++c) score += key[c] * p.q[int64_t{h} * d + c];
-        scores[h].push_back(score);
-      }
-    }
-  }
-  for (int h = 0; h < p.n_q; ++h) {
-    kernels::accumulate_softmax_ref(scores[h], values, d, p.state.max + h, p.state.sum + h,
-                                    p.state.acc + int64_t{h} * d);
-  }
+  kernels::decode_pages_ref(
+      p.run, l.blocks_per_page, l.head_dim, p.n_q, p.q,
+      [&](const std::byte* page, bool key, int64_t token, int channel) {
+        return element_ref(l, page, key, p.kv_head, token, channel);
+      },
+      [&](int page, int h, int64_t token) { return shift_score_ref(p.shift, l.head_dim / 2, page, h, token); }, p.state);
 }
 
 inline void house_load_ref(const HouseLoadParams& p) {
