@@ -3,17 +3,12 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "kernels/attention/store_pair.h"
 #include "kv/house/kernels/house_codec.h"
 
 namespace rotunda::kv::house {
 
-/// Tokens that go to two neighbouring blocks of a page (32 tokens: what a warp packs at once, and what shares a word at 3 bits).
-struct StorePair {
-  int32_t page;     ///< in the pool
-  int32_t pair;     ///< within the page: blocks 2 pair and 2 pair + 1
-  int32_t row;      ///< of the first of the tokens; the others follow it
-  uint32_t tokens;  ///< bit t: token t of the pair is stored; the bits are neighbours. Other tokens keep their codes and scales
-};
+using kernels::StorePair;
 
 /// house_store of many tokens on a GPU; the same bytes. Pointers are to device memory.
 struct HouseStoreBatch {
