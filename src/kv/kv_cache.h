@@ -23,6 +23,8 @@ struct KvModel {
   bool key_norm = false;       ///< a norm stands between the key projection and RoPE (Qwen3): keys cannot be fused
   at::ScalarType dtype = at::kFloat;  ///< of queries, keys, values and the result: kFloat or kBFloat16
   ops::Rope rope;
+  at::Device device = at::kCPU;     ///< where queries, keys, values, pages and the result lie
+  int64_t device_budget_bytes = 0;  ///< of a GPU's memory, for pages; 0: as much as there is
   std::vector<int> layer_ids = {};  ///< [n_layers] numbers in the whole model, where this is some layers of it; empty: all of it
 
   int kv_channels() const { return n_kv_heads * head_dim; }
@@ -121,6 +123,9 @@ class KvCache {
   /// @return [T, kv_channels] fp32; undefined where the cache does not tell
   virtual at::Tensor keys_to_code(int /*layer*/, const AttendInput& /*in*/) const { return {}; }
   virtual void end_step() = 0;
+  /// Of the open step: 0 where its attend() calls cannot be captured in a CUDA graph. Else a graph captured in another step of as many single
+  /// tokens may stand for them where that step had the same number.
+  virtual uint64_t graph_epoch() const { return 0; }
   virtual void abort_step() = 0;
 
   /// Of all sequences together; shared pages count once.

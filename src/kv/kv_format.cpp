@@ -24,4 +24,15 @@ ops::TensorBundle KvFormat::calibration_of_layers(const ops::TensorBundle& calib
   return made;
 }
 
+std::optional<std::string> device_unsupported_reason(const KvFormat& format, const KvModel& model, bool has_cuda_half) {
+  if (model.device.is_cpu()) return std::nullopt;
+#ifdef ROTUNDA_CUDA
+  if (has_cuda_half) return std::nullopt;
+#else
+  (void)has_cuda_half;
+  return concat(format.name(), " on ", model.device, ": this build has no CUDA half");
+#endif
+  return concat(format.name(), " on ", model.device, ": the format runs on the CPU alone");
+}
+
 }  // namespace rotunda::kv

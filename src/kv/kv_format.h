@@ -102,4 +102,7 @@ class KvFormat {
   virtual std::unique_ptr<KvCache> make_cache(const KvSpec& spec, const KvModel& model, const ops::TensorBundle& setup) const = 0;
 };
 
+/// Why a format cannot have a cache on the model's device at all: the build, or the format, has no CUDA half. Nothing where it can.
+std::optional<std::string> device_unsupported_reason(const KvFormat& format, const KvModel& model, bool has_cuda_half);
+
 }  // namespace rotunda::kv

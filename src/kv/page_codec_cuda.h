@@ -28,7 +28,7 @@ class PageCodecCuda {
  public:
   virtual ~PageCodecCuda() = default;
 
-  /// Of one layer of a page; a multiple of 16.
+  /// Of one layer of a page; a multiple of 64, padding included.
   virtual int64_t layer_bytes() const = 0;
   virtual int64_t codes_bytes_per_token() const = 0;  ///< of one layer
   virtual int64_t scale_bytes_per_token() const = 0;  ///< of one layer, zero points included

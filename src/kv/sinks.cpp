@@ -77,11 +77,52 @@ void LayerSinks::truncate(int64_t kv_len) {
     if (slot >= kv_len) slot = -1;
 }
 
-void LayerSinks::restore(std::vector<SinkEntry> entries, std::vector<int64_t> slots, const at::Tensor& bytes) {
+void LayerSinks::export_to(ops::TensorBundle& bundle, const std::string& suffix) const {
+  bundle.tensors["sink_slots" + suffix] = at::tensor(slots_, at::kLong);
+  bundle.tensors["sinks" + suffix] = store_.export_bytes();
+  std::vector<float> magnitudes;
+  std::vector<int64_t> positions;
+  for (const SinkEntry& entry : entries_) {
+    magnitudes.push_back(entry.magnitude);
+    positions.push_back(entry.position);
+  }
+  bundle.tensors["sink_magnitudes" + suffix] = at::tensor(magnitudes, at::kFloat);
+  bundle.tensors["sink_positions" + suffix] = at::tensor(positions, at::kLong);
+}
+
+void LayerSinks::import_from(const ops::TensorBundle& bundle, const std::string& suffix, int64_t kv_len) {
+  const auto longs = [&](const std::string& name, int64_t count) {
+    const at::Tensor tensor = bundle.get(name, at::kLong, {count}).contiguous();
+    return std::vector<int64_t>(tensor.data_ptr<int64_t>(), tensor.data_ptr<int64_t>() + tensor.numel());
+  };
+  const std::vector<int64_t> slots = longs("sink_slots" + suffix, -1);
+  const at::Tensor magnitudes = bundle.get("sink_magnitudes" + suffix, at::kFloat, {-1}).contiguous();
+  const std::vector<int64_t> positions = longs("sink_positions" + suffix, magnitudes.numel());
+  ROTUNDA_CHECK(static_cast<int64_t>(positions.size()) <= n_entries_, bundle.origin, ": tensor sink_positions", suffix, " has ",
+                positions.size(), " entries, this cache keeps ", n_entries_);
+  std::vector<SinkEntry> entries;
+  for (size_t i = 0; i < positions.size(); ++i) {
+    ROTUNDA_CHECK(
+        positions[i] >= 0 && positions[i] < kv_len && std::count(slots.begin(), slots.end(), positions[i]) == 1,
+        bundle.origin, ": tensor sink_positions", suffix, " has ", positions[i],
+        ", which has no slot in sink_slots or lies outside ", kv_len, " tokens");
+    entries.push_back({magnitudes.data_ptr<float>()[i], positions[i]});
+  }
+  const int64_t n_first = std::min<int64_t>(n_first_, kv_len);
+  for (int64_t position = 0; position < n_first; ++position)
+    ROTUNDA_CHECK(std::count(slots.begin(), slots.end(), position) == 1, bundle.origin, ": tensor sink_slots", suffix,
+                  " lacks token ", position, ", one of the first ", n_first, " that this cache keeps");
+  for (const int64_t slot : slots)
+    ROTUNDA_CHECK(
+        slot == -1 || (slot >= 0 && slot < n_first) || std::count(positions.begin(), positions.end(), slot) > 0,
+        bundle.origin, ": tensor sink_slots", suffix, " has ", slot, ", which is no sink");
+  ExactStore store(store_.layout().n_kv_heads, store_.layout().head_dim, static_cast<int64_t>(slots.size()));
+  ROTUNDA_CHECK(store.n_slots() == static_cast<int64_t>(slots.size()), bundle.origin, ": tensor sink_slots",
+                suffix, " has ", slots.size(), " entries, expected a multiple of ", kernels::kTokenBlock);
+  store.import_bytes(bundle.get("sinks" + suffix, at::kByte, {store.bytes()}));
   entries_ = std::move(entries);
-  slots_ = std::move(slots);
-  store_.grow(static_cast<int64_t>(slots_.size()));
-  store_.import_bytes(bytes);
+  slots_ = slots;
+  store_ = std::move(store);
 }
 
 }  // namespace rotunda::kv

@@ -3,9 +3,11 @@
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
+#include <string>
 #include <vector>
 
 #include "kv/exact_store.h"
+#include "ops/tensor_bundle.h"
 
 namespace rotunda::kv {
 
@@ -45,9 +47,11 @@ class LayerSinks {
 
   int n_first() const { return n_first_; }
   const std::vector<SinkEntry>& entries() const { return entries_; }
-  /// For reading a saved sequence. `slots` and `entries` must be of one another, and `slots` have the first tokens
-  /// (checked by the caller).
-  void restore(std::vector<SinkEntry> entries, std::vector<int64_t> slots, const at::Tensor& bytes);
+
+  /// As part of a saved sequence: tensors whose names end in `suffix`.
+  void export_to(ops::TensorBundle& bundle, const std::string& suffix) const;
+  /// @param kv_len of the sequence   @throws Error{kUser} where a tensor is missing or does not fit
+  void import_from(const ops::TensorBundle& bundle, const std::string& suffix, int64_t kv_len);
 
  private:
   void choose(const at::Tensor& hidden, int64_t first);

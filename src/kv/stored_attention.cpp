@@ -14,19 +14,26 @@ namespace {
 using kernels::kTokenBlock;
 
 // [n_queries, N] -> [rep * n_queries, N], or undefined where every query sees every token.
-at::Tensor visibility_mask(const at::Tensor& positions, int64_t first_query, int64_t n_queries, int64_t rep, Visibility visibility) {
-  const int64_t oldest = positions.min().item<int64_t>();
-  const int64_t newest = positions.max().item<int64_t>();
+// @param oldest, newest of `positions`
+at::Tensor visibility_mask(const at::Tensor& positions, int64_t oldest, int64_t newest, int64_t first_query, int64_t n_queries, int64_t rep,
+                           Visibility visibility) {
   const bool all_old_enough = newest <= first_query - visibility.lag;
   const bool all_in_window = visibility.window == 0 || oldest > first_query + n_queries - 1 - visibility.window;
   if (all_old_enough && all_in_window) return {};
-  const at::Tensor distance = at::arange(first_query, first_query + n_queries, at::kLong).unsqueeze(1) - positions.unsqueeze(0);
+  const at::Tensor queries = at::arange(first_query, first_query + n_queries, positions.options());
+  const at::Tensor distance = queries.unsqueeze(1) - positions.unsqueeze(0);
   at::Tensor mask = distance.ge(visibility.lag);
   if (visibility.window != 0) mask.logical_and_(distance.lt(visibility.window));
   return rep == 1 ? mask : mask.repeat({rep, 1});
 }
 
 }  // namespace
+
+at::Tensor visibility_mask(int64_t begin, int64_t n, int64_t first_query, int64_t n_queries, int64_t rep, Visibility visibility,
+                           at::Device device) {
+  const at::Tensor positions = at::arange(begin, begin + n, at::TensorOptions().dtype(at::kLong).device(device));
+  return visibility_mask(positions, begin, begin + n - 1, first_query, n_queries, rep, visibility);
+}
 
 void add_stored(ops::TileAttention& attention, const StoredTokens& tokens, int64_t begin, int64_t end,
                 const std::vector<int64_t>& excluded, int64_t first_query, int64_t n_queries, int64_t rep, Visibility visibility) {
@@ -49,8 +56,7 @@ void add_stored(ops::TileAttention& attention, const StoredTokens& tokens, int64
         tokens.load_block(tile / kTokenBlock + block, key_data + block * kTokenBlock, stride,
                           value_data + block * kTokenBlock * tokens.head_dim, stride * tokens.head_dim);
     });
-    const at::Tensor positions = at::arange(tile, tile_end, at::kLong);
-    at::Tensor mask = visibility_mask(positions, first_query, n_queries, rep, visibility);
+    at::Tensor mask = visibility_mask(tile, tile_end - tile, first_query, n_queries, rep, visibility, at::kCPU);
     const auto low = std::lower_bound(excluded.begin(), excluded.end(), tile);
     const auto high = std::lower_bound(low, excluded.end(), tile_end);
     if (low != high) {
@@ -64,7 +70,8 @@ void add_stored(ops::TileAttention& attention, const StoredTokens& tokens, int64
 void add_exact(ops::TileAttention& attention, const at::Tensor& k_t, const at::Tensor& v, const at::Tensor& positions,
                int64_t first_query, int64_t n_queries, int64_t rep, Visibility visibility) {
   if (positions.numel() == 0) return;
-  attention.add(k_t, v, visibility_mask(positions, first_query, n_queries, rep, visibility));
+  attention.add(k_t, v, visibility_mask(positions, positions.min().item<int64_t>(), positions.max().item<int64_t>(), first_query, n_queries, rep,
+                                        visibility));
 }
 
 }  // namespace rotunda::kv

@@ -31,6 +31,10 @@ struct StoredTokens {
 void add_stored(ops::TileAttention& attention, const StoredTokens& tokens, int64_t begin, int64_t end,
                 const std::vector<int64_t>& excluded, int64_t first_query, int64_t n_queries, int64_t rep, Visibility visibility);
 
+/// Which of the tokens begin .. begin + n - 1 queries see: [rep * n_queries, n] bool on `device`, or undefined where every query sees all.
+at::Tensor visibility_mask(int64_t begin, int64_t n, int64_t first_query, int64_t n_queries, int64_t rep, Visibility visibility,
+                           at::Device device);
+
 /// The same for tokens that are there as tensors.
 /// @param k_t [n_kv_heads, head_dim, N] fp32   @param v [n_kv_heads, N, head_dim] fp32   @param positions of the N tokens
 void add_exact(ops::TileAttention& attention, const at::Tensor& k_t, const at::Tensor& v, const at::Tensor& positions,

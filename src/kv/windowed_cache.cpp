@@ -76,53 +76,18 @@ void WindowedCache::Exact::export_to(ops::TensorBundle& bundle) const {
   for (size_t layer = 0; layer < windows_.size(); ++layer) {
     const std::string suffix = concat(".", layer);
     bundle.tensors["window" + suffix] = windows_[layer].export_bytes();
-    const LayerSinks& sinks = sinks_[layer];
-    bundle.tensors["sink_slots" + suffix] = at::tensor(sinks.slots(), at::kLong);
-    bundle.tensors["sinks" + suffix] = sinks.store().export_bytes();
-    std::vector<float> magnitudes;
-    std::vector<int64_t> positions;
-    for (const SinkEntry& entry : sinks.entries()) {
-      magnitudes.push_back(entry.magnitude);
-      positions.push_back(entry.position);
-    }
-    bundle.tensors["sink_magnitudes" + suffix] = at::tensor(magnitudes, at::kFloat);
-    bundle.tensors["sink_positions" + suffix] = at::tensor(positions, at::kLong);
+    sinks_[layer].export_to(bundle, suffix);
   }
 }
 
 void WindowedCache::Exact::import_from(const ops::TensorBundle& bundle, int64_t kv_len) {
-  const auto longs = [&](const std::string& name, int64_t count) {
-    const at::Tensor tensor = bundle.get(name, at::kLong, {count}).contiguous();
-    return std::vector<int64_t>(tensor.data_ptr<int64_t>(), tensor.data_ptr<int64_t>() + tensor.numel());
-  };
-  rope_lens_ = longs("window_rope_lens", static_cast<int64_t>(rope_lens_.size()));
+  const int64_t n_slots = static_cast<int64_t>(rope_lens_.size());
+  const at::Tensor lens = bundle.get("window_rope_lens", at::kLong, {n_slots}).contiguous();
+  rope_lens_.assign(lens.data_ptr<int64_t>(), lens.data_ptr<int64_t>() + n_slots);
   for (size_t layer = 0; layer < windows_.size(); ++layer) {
     const std::string suffix = concat(".", layer);
     windows_[layer].import_bytes(bundle.get("window" + suffix, at::kByte, {windows_[layer].bytes()}));
-    const std::vector<int64_t> slots = longs("sink_slots" + suffix, -1);
-    const at::Tensor magnitudes = bundle.get("sink_magnitudes" + suffix, at::kFloat, {-1}).contiguous();
-    const std::vector<int64_t> positions = longs("sink_positions" + suffix, magnitudes.numel());
-    std::vector<SinkEntry> entries;
-    for (size_t i = 0; i < positions.size(); ++i) {
-      ROTUNDA_CHECK(
-          positions[i] >= 0 && positions[i] < kv_len && std::count(slots.begin(), slots.end(), positions[i]) == 1,
-          bundle.origin, ": tensor sink_positions", suffix, " has ", positions[i],
-          ", which has no slot in sink_slots or lies outside ", kv_len, " tokens");
-      entries.push_back({magnitudes.data_ptr<float>()[i], positions[i]});
-    }
-    const int64_t n_first = std::min<int64_t>(sinks_[layer].n_first(), kv_len);
-    for (int64_t position = 0; position < n_first; ++position)
-      ROTUNDA_CHECK(std::count(slots.begin(), slots.end(), position) == 1, bundle.origin, ": tensor sink_slots", suffix,
-                    " lacks token ", position, ", one of the first ", n_first, " that this cache keeps");
-    for (const int64_t slot : slots)
-      ROTUNDA_CHECK(
-          slot == -1 || (slot >= 0 && slot < n_first) || std::count(positions.begin(), positions.end(), slot) > 0,
-          bundle.origin, ": tensor sink_slots", suffix, " has ", slot, ", which is no sink");
-    ExactStore expected = sinks_[layer].store();
-    expected.grow(static_cast<int64_t>(slots.size()));
-    ROTUNDA_CHECK(expected.n_slots() == static_cast<int64_t>(slots.size()), bundle.origin, ": tensor sink_slots",
-                  suffix, " has ", slots.size(), " entries, expected a multiple of ", kTokenBlock);
-    sinks_[layer].restore(std::move(entries), slots, bundle.get("sinks" + suffix, at::kByte, {expected.bytes()}));
+    sinks_[layer].import_from(bundle, suffix, kv_len);
   }
 }
 

@@ -11,6 +11,11 @@
 #include "base/check.h"
 #include "kv/kv_registry.h"
 
+// Where caches under test keep what they have; kv_conformance_gpu_test says cuda.
+#ifndef ROTUNDA_TEST_DEVICE
+#define ROTUNDA_TEST_DEVICE at::kCPU
+#endif
+
 namespace rotunda::kv::testing {
 
 /// Random queries, keys, values and layer inputs of one sequence, fp32, before RoPE and before any fusing.
@@ -29,6 +34,7 @@ inline KvModel small_model(int n_heads = 4, int n_kv_heads = 2, int head_dim = 6
   ops::RopeSpec rope;
   rope.head_dim = head_dim;
   model.rope = ops::Rope(rope);
+  model.device = ROTUNDA_TEST_DEVICE;
   return model;
 }
 
@@ -135,12 +141,15 @@ class FusedCache {
       const at::Tensor x = at::cat(inputs);
       const ProjectionWeights& w = weights_[layer];
       try {
-        const AttendInput in{project(model_, x, w.q_weight, w.q_bias, w.q_norm).to(model_.dtype),
-                             project(model_, x, w.k_weight, w.k_bias, w.k_norm).to(model_.dtype),
-                             project(model_, x, w.v_weight, w.v_bias).to(model_.dtype), at::cat(hidden).to(model_.dtype)};
-        if (ask_keys) asked_keys.push_back(cache_->keys_to_code(layer, in));
+        const auto input = [&](const at::Tensor& made) { return made.to(model_.device, model_.dtype); };
+        const AttendInput in{input(project(model_, x, w.q_weight, w.q_bias, w.q_norm)), input(project(model_, x, w.k_weight, w.k_bias, w.k_norm)),
+                             input(project(model_, x, w.v_weight, w.v_bias)), input(at::cat(hidden))};
+        if (ask_keys) {
+          const at::Tensor keys = cache_->keys_to_code(layer, in);
+          asked_keys.push_back(keys.defined() ? keys.cpu() : keys);
+        }
         const at::Tensor out = cache_->attend(layer, in);
-        outs.push_back(project(model_, out.to(at::kFloat).flatten(1), w.o_weight));
+        outs.push_back(project(model_, out.to(at::kCPU, at::kFloat).flatten(1), w.o_weight));
       } catch (...) {
         cache_->abort_step();
         throw;

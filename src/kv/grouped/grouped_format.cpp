@@ -59,6 +59,7 @@ std::vector<KvOption> GroupedFormat::options() const { return GroupedOptions::de
 void GroupedFormat::validate(const KvSpec& spec) const { GroupedOptions::from_spec(spec, kind_); }
 
 std::optional<std::string> GroupedFormat::unsupported_reason(const KvSpec& spec, const KvModel& model) const {
+  if (const auto reason = device_unsupported_reason(*this, model, /*has_cuda_half=*/false)) return reason;
   if (model.head_dim % 16 != 0) return concat(name(), " on cpu: head_dim ", model.head_dim, " is not a multiple of 16");
   try {
     grouped_layout(GroupedOptions::from_spec(spec, kind_), kind_, model);

@@ -108,6 +108,7 @@ std::optional<KvSpec> HouseFormat::with_values(const KvSpec& keys, const KvSpec&
 }
 
 std::optional<std::string> HouseFormat::unsupported_reason(const KvSpec&, const KvModel& model) const {
+  if (const auto reason = device_unsupported_reason(*this, model, /*has_cuda_half=*/false)) return reason;
   if (model.head_dim % 16 != 0) return concat(name(), " on cpu: head_dim ", model.head_dim, " is not a multiple of 16");
   return std::nullopt;
 }

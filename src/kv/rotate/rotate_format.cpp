@@ -20,6 +20,7 @@ std::vector<KvOption> RotateFormat::options() const { return RotateOptions::desc
 void RotateFormat::validate(const KvSpec& spec) const { RotateOptions::from_spec(spec, bits_); }
 
 std::optional<std::string> RotateFormat::unsupported_reason(const KvSpec& spec, const KvModel& model) const {
+  if (const auto reason = device_unsupported_reason(*this, model, /*has_cuda_half=*/false)) return reason;
   if (model.head_dim % 16 != 0) return concat(name(), " on cpu: head_dim ", model.head_dim, " is not a multiple of 16");
   try {
     rotate_layout(RotateOptions::from_spec(spec, bits_), model);
