@@ -61,6 +61,16 @@ class CacheCuda final : public PagedCache {
     return decodes_ && usual && decode_.rows > 0 && decode_.only ? (places_->epoch() << 32) + tables_epoch_ : 0;
   }
 
+  void check_step() override {
+    const at::Tensor refused = refused_.cpu();
+    for (int layer = 0; layer < model().n_layers; ++layer) {
+      if (refused[layer].item<int32_t>() == 0) continue;
+      refused_.zero_();
+      throw_user_error(concat(spec().format, ": a key or value of layer ", model().layer_id(layer),
+                              " is NaN, infinite or beyond the format's range"));
+    }
+  }
+
  private:
   // ---- what a sequence has beside its pages ------------------------------------------------------------------------
 
@@ -176,13 +186,7 @@ class CacheCuda final : public PagedCache {
   }
 
   void on_end_step(const Step& step) override {
-    const at::Tensor refused = refused_.cpu();
-    for (int layer = 0; layer < model().n_layers; ++layer) {
-      if (refused[layer].item<int32_t>() == 0) continue;
-      refused_.zero_();
-      throw_user_error(concat(spec().format, ": a key or value of layer ", model().layer_id(layer),
-                              " is NaN, infinite or beyond the format's range"));
-    }
+    check_step();
     saved_.clear();
     if (!has_window()) return;
     for (const Chunk& chunk : step.chunks)
@@ -584,7 +588,7 @@ class CacheCuda final : public PagedCache {
     p.table_stride = static_cast<int>(decode_.stride);
     p.stored_len = decode_.stored_len;
     p.first_token = decode_.first_token;
-    p.slot = decode_.place;
+    p.place = decode_.place;
     p.page_masks = exact.sink_blocks > 0 ? exact.page_masks + layer * exact.n_places * exact.mask_stride : nullptr;
     p.mask_stride = exact.mask_stride;
     p.exact = exact.bytes + layer * exact.layer_stride;

@@ -122,6 +122,9 @@ class KvCache {
   /// rounded: for pictures of what is stored. Asked before the layer's attend(); changes nothing.
   /// @return [T, kv_channels] fp32; undefined where the cache does not tell
   virtual at::Tensor keys_to_code(int /*layer*/, const AttendInput& /*in*/) const { return {}; }
+  /// Waits for what attend() has under way on a GPU. @throws what attend() throws where it does not wait
+  virtual void check_step() {}
+  /// @throws as check_step(); the step is then open still
   virtual void end_step() = 0;
   /// Of the open step: 0 where its attend() calls cannot be captured in a CUDA graph. Else a graph captured in another step of as many single
   /// tokens may stand for them where that step had the same number.

@@ -25,7 +25,7 @@ struct PagedCase {
     int n_q = 4;
     int head_dim = 128;
     int exact_blocks = 1;
-    bool masked = false;  ///< some tokens are left out
+    bool masked = false;  ///< some tokens are left out, by masks and because a sequence begins late; places are in another order than sequences
   };
   static constexpr int kPageTokens = 128;
 
@@ -44,10 +44,22 @@ struct PagedCase {
     stored_len.assign(shape.lens.begin(), shape.lens.end());
     units_before.assign(1, 0);
     for (const int len : shape.lens) units_before.push_back(units_before.back() + paged_decode_units(len, unit_tokens, shape.exact_blocks));
-    page_masks.resize(static_cast<size_t>(n_pages) * kPageTokens / 16);
+    place.resize(batch);
+    std::iota(place.begin(), place.end(), 0);
+    if (shape.masked) std::shuffle(place.begin(), place.end(), random);
+    attended.resize(static_cast<size_t>(n_pages) * kPageTokens / 16);
+    page_masks.assign(attended.size(), 0);
     for (int seq = 0; seq < batch; ++seq) {
-      for (int t = 0; t < shape.lens[seq]; ++t)
-        if (!shape.masked || random() % 8 != 0) page_masks[(int64_t{seq} * table_stride * kPageTokens + t) / 16] |= uint16_t{1} << t % 16;
+      first_token.push_back(shape.masked && seq % 2 == 1 ? shape.lens[seq] / 3 : 0);
+      // Masks may say anything of tokens that are not stored or lie before the first.
+      for (int t = 0; t < table_stride * kPageTokens; ++t) {
+        if (random() % 8 == 0) continue;
+        page_masks[(int64_t{place[seq]} * table_stride * kPageTokens + t) / 16] |= static_cast<uint16_t>(1U << t % 16);
+      }
+      for (int t = first_token[seq]; t < shape.lens[seq]; ++t) {
+        const bool masked = (page_masks[(int64_t{place[seq]} * table_stride * kPageTokens + t) / 16] >> t % 16 & 1) == 0;
+        if (!shape.masked || !masked) attended[(int64_t{seq} * table_stride * kPageTokens + t) / 16] |= static_cast<uint16_t>(1U << t % 16);
+      }
     }
     exact_layout = {ElementType::kFp16, shape.n_kv_heads, shape.head_dim, shape.exact_blocks};
     exact = AlignedBytes(static_cast<size_t>(batch * exact_layout.page_bytes()) + 64);
@@ -84,7 +96,10 @@ struct PagedCase {
             block_table.data(),
             table_stride,
             stored_len.data(),
+            shape.masked ? first_token.data() : nullptr,
+            shape.masked ? place.data() : nullptr,
             shape.masked ? page_masks.data() : nullptr,
+            int64_t{table_stride} * kPageTokens / 16,
             exact.get(),
             exact_layout.page_bytes(),
             shape.exact_blocks,
@@ -104,8 +119,8 @@ struct PagedCase {
       std::vector<const std::byte*> pages;
       for (int i = 0; i < (shape.lens[seq] + kPageTokens - 1) / kPageTokens; ++i)
         pages.push_back(pool.get() + block_table[seq * table_stride + i] * page_bytes);
-      const PageRun run{pages.data(), page_masks.data() + seq * table_stride * kPageTokens / 16, static_cast<int>(pages.size())};
-      const std::byte* const exact_page = exact.get() + static_cast<int64_t>(seq) * exact_layout.page_bytes();
+      const PageRun run{pages.data(), attended.data() + seq * table_stride * kPageTokens / 16, static_cast<int>(pages.size())};
+      const std::byte* const exact_page = exact.get() + int64_t{place[seq]} * exact_layout.page_bytes();
       const PageRun exact_run{&exact_page, exact_masks.data() + seq * shape.exact_blocks, shape.exact_blocks > 0 ? 1 : 0};
       for (int head = 0; head < shape.n_kv_heads; ++head) {
         std::vector<float> max(shape.n_q, -std::numeric_limits<float>::infinity());
@@ -137,8 +152,9 @@ struct PagedCase {
   std::mt19937 random;
   int table_stride = 1;
   AlignedBytes pool;
-  std::vector<int32_t> block_table, stored_len, units_before;
+  std::vector<int32_t> block_table, stored_len, units_before, first_token, place;
   std::vector<uint16_t> page_masks, exact_masks;
+  std::vector<uint16_t> attended;  ///< what masks, lengths and first tokens come to, [batch][table_stride * page_tokens / 16]
   PlainPageLayout exact_layout;
   AlignedBytes exact;
   std::vector<float> q_pages, q_exact, out;

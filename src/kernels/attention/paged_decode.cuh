@@ -57,7 +57,8 @@ struct UnitAt {
   int head;                ///< kv head
   int page;                ///< within the sequence; of no meaning for exact tokens
   int piece;               ///< unit within the page, or block of exact slots
-  int tokens;              ///< attended tokens are among the first so many of the unit
+  int first;               ///< attended tokens are among `first` .. tokens - 1 of the unit
+  int tokens;
   const uint16_t* masks;   ///< of the unit's blocks, or null
 };
 
@@ -94,15 +95,15 @@ class UnitCursor {
   __device__ UnitAt at() const {
     if (exact()) {
       const int block = unit_ - page_units();
-      return {p_.exact + seq_ * p_.exact_stride, head_, 0, block, 16, p_.exact_masks + int64_t{seq_} * p_.exact_blocks + block};
+      return {p_.exact + place() * p_.exact_stride, head_, 0, block, 0, 16, p_.exact_masks + int64_t{seq_} * p_.exact_blocks + block};
     }
     constexpr int kPieces = kPageTokens / kUnitTokens;
     const uint16_t* masks = nullptr;
     if (p_.page_masks != nullptr) {
-      masks = p_.page_masks + (int64_t{seq_} * p_.table_stride + unit_ / kPieces) * (kPageTokens / 16) +
-              unit_ % kPieces * (kUnitTokens / 16);
+      masks = p_.page_masks + place() * p_.mask_stride + unit_ * (kUnitTokens / 16);
     }
-    return {p_.pool + page_ * p_.page_bytes, head_, unit_ / kPieces, unit_ % kPieces, min(kUnitTokens, stored_ - unit_ * kUnitTokens), masks};
+    const int first = p_.first_token == nullptr ? 0 : max(0, p_.first_token[seq_] - unit_ * kUnitTokens);
+    return {p_.pool + page_ * p_.page_bytes, head_, unit_ / kPieces, unit_ % kPieces, first, min(kUnitTokens, stored_ - unit_ * kUnitTokens), masks};
   }
 
   __device__ void advance(int n = 1) {
@@ -121,6 +122,7 @@ class UnitCursor {
   }
 
  private:
+  __device__ int64_t place() const { return p_.place == nullptr ? seq_ : p_.place[seq_]; }
   __device__ void enter(int seq) {
     seq_ = seq;
     units_ = p_.units_before[seq + 1] - p_.units_before[seq];

@@ -43,15 +43,20 @@ struct PagedDecode {
   const int32_t* block_table = nullptr;  ///< [batch][table_stride] numbers of pages in the pool
   int table_stride = 0;
   const int32_t* stored_len = nullptr;  ///< [batch] tokens in pages; a sequence has tokens there or exact_blocks is not 0
-  /// [batch][table_stride][page_tokens / 16]: bit t of an entry says that token t of that block is attended. Null: all that are stored.
-  const uint16_t* page_masks = nullptr;
+  const int32_t* first_token = nullptr;  ///< [batch] tokens in pages before this one are not attended (sliding window); null: all are
 
-  /// Tokens in 16 bits (fp16), blocks of 16 slots as in PlainPageLayout with blocks_per_page = exact_blocks: of each sequence
+  /// [batch] the sequence's place among page masks and exact tokens; null: its number in the batch.
+  const int32_t* place = nullptr;
+  /// [places][mask_stride]: bit t of an entry says that token t of that block of 16 is attended, if it is stored. Null: all are.
+  const uint16_t* page_masks = nullptr;
+  int64_t mask_stride = 0;
+
+  /// Tokens in 16 bits (fp16), blocks of 16 slots as in PlainPageLayout with blocks_per_page = exact_blocks: of each place
   /// exact_stride bytes from `exact` on. exact_blocks = 0: none.
   const std::byte* exact = nullptr;
   int64_t exact_stride = 0;
   int exact_blocks = 0;
-  const uint16_t* exact_masks = nullptr;  ///< [batch][exact_blocks] as page_masks
+  const uint16_t* exact_masks = nullptr;  ///< [batch][exact_blocks] as page_masks; of the sequence, wherever its place is
 
   /// [batch + 1] units of the sequences before this one, of one kv head: see paged_decode_units.
   const int32_t* units_before = nullptr;

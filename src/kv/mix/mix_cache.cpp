@@ -71,8 +71,24 @@ class MixCache final : public KvCache {
     return caches_[static_cast<size_t>(place.part)]->keys_to_code(place.layer, in);
   }
 
+  void check_step() override {
+    for (const auto& cache : caches_) cache->check_step();
+  }
+
+  // All are asked before the first ends: what one refuses no other has taken then.
   void end_step() override {
+    check_step();
     for (const auto& cache : caches_) cache->end_step();
+  }
+
+  uint64_t graph_epoch() const override {
+    uint64_t all = 1;
+    for (const auto& cache : caches_) {
+      const uint64_t one = cache->graph_epoch();
+      if (one == 0) return 0;
+      all = all * 1000003 + one;
+    }
+    return all;
   }
 
   void abort_step() override {
