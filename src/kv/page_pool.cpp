@@ -1,11 +1,9 @@
 #include "kv/page_pool.h"
 
 #include <algorithm>
-#include <cstdlib>
-#include <cstring>
+#include <utility>
 
 #include "base/check.h"
-#include "base/env.h"
 
 namespace rotunda::kv {
 
@@ -17,9 +15,8 @@ constexpr int64_t kSlabBytes = int64_t{1} << 20;
 
 }  // namespace
 
-void PagePool::FreeDeleter::operator()(std::byte* bytes) const { std::free(bytes); }
-
-PagePool::PagePool(int64_t page_bytes) : page_bytes_((page_bytes + kAlignment - 1) / kAlignment * kAlignment) {
+PagePool::PagePool(int64_t page_bytes, std::unique_ptr<PageMemory> memory)
+    : page_bytes_((page_bytes + kAlignment - 1) / kAlignment * kAlignment), memory_(std::move(memory)) {
   ROTUNDA_ASSERT(page_bytes > 0);
 }
 
@@ -29,14 +26,12 @@ void PagePool::reserve(int64_t n_pages) {
   const int64_t pages_per_slab = std::max<int64_t>(1, kSlabBytes / page_bytes_);
   missing = (missing + pages_per_slab - 1) / pages_per_slab * pages_per_slab;
   const int64_t wanted = missing * page_bytes_;
-  const int64_t available = env::available_memory_bytes();
-  ROTUNDA_CHECK_WORLD(wanted < available, "kv cache: ", n_pages, " pages more take ", wanted, " bytes, this machine has ", available,
-                      " bytes left");
-  auto* bytes = static_cast<std::byte*>(std::aligned_alloc(kAlignment, static_cast<size_t>(wanted)));
+  const int64_t available = memory_->available_bytes();
+  ROTUNDA_CHECK_WORLD(wanted < available, "kv cache: ", n_pages, " pages more take ", wanted, " bytes, this ", memory_->owner(),
+                      " has ", available, " bytes left");
+  // Zeros: unwritten tokens then hold finite numbers, which masks rely on.
+  std::byte* const bytes = memory_->grow(wanted);
   ROTUNDA_CHECK_WORLD(bytes != nullptr, "kv cache: out of memory, could not get ", wanted, " bytes for ", missing, " pages");
-  slabs_.emplace_back(bytes);
-  // Touched now rather than in the middle of a step; unwritten tokens then hold finite numbers, which masks rely on.
-  std::memset(bytes, 0, static_cast<size_t>(wanted));
   for (int64_t i = 0; i < missing; ++i) {
     pages_.push_back({bytes + i * page_bytes_, 0});
     free_.push_back(&pages_.back());

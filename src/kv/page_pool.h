@@ -6,9 +6,11 @@
 #include <memory>
 #include <vector>
 
+#include "kv/page_memory.h"
+
 namespace rotunda::kv {
 
-/// A fixed-size piece of cache memory, 64-byte aligned, with a count of the sequences that refer to it.
+/// A fixed-size piece of cache memory (perhaps a GPU's), 64-byte aligned, with a count of the sequences that refer to it.
 struct Page {
   std::byte* bytes = nullptr;
   int32_t refs = 0;
@@ -18,9 +20,11 @@ struct Page {
 class PagePool {
  public:
   /// @param page_bytes > 0; rounded up to a multiple of 64
-  explicit PagePool(int64_t page_bytes);
+  explicit PagePool(int64_t page_bytes, std::unique_ptr<PageMemory> memory = host_page_memory());
 
   int64_t page_bytes() const { return page_bytes_; }
+  PageMemory& memory() { return *memory_; }
+  const PageMemory& memory() const { return *memory_; }
 
   /// Makes sure that `n_pages` can be taken without asking the system. @throws Error{kWorld} naming the bytes wanted and those
   /// available; then nothing has changed.
@@ -35,11 +39,8 @@ class PagePool {
   int64_t used_pages() const { return static_cast<int64_t>(pages_.size()) - free_pages(); }
 
  private:
-  struct FreeDeleter {
-    void operator()(std::byte* bytes) const;
-  };
   int64_t page_bytes_;
-  std::vector<std::unique_ptr<std::byte, FreeDeleter>> slabs_;
+  std::unique_ptr<PageMemory> memory_;
   std::deque<Page> pages_;
   std::vector<Page*> free_;
 };

@@ -16,14 +16,19 @@ namespace {
 
 constexpr int64_t kSavedVersion = 1;
 
+// Bytes of one layer's part of a page.
+int64_t padded_page_bytes(int64_t page_bytes) { return PagePool(page_bytes).page_bytes(); }
+
 int64_t pages_of(int64_t n_tokens) { return (n_tokens + kPageTokens - 1) / kPageTokens; }
 
 }  // namespace
 
-PagedCache::PagedCache(KvSpec spec, KvModel model, int64_t page_bytes, int64_t codes_bytes_per_token, int64_t scale_bytes_per_token)
+PagedCache::PagedCache(KvSpec spec, KvModel model, int64_t page_bytes, int64_t codes_bytes_per_token, int64_t scale_bytes_per_token,
+                       std::unique_ptr<PageMemory> memory)
     : spec_(std::move(spec)),
       model_(std::move(model)),
-      pool_(page_bytes),
+      layer_page_bytes_(padded_page_bytes(page_bytes)),
+      pool_(model_.n_layers * layer_page_bytes_, std::move(memory)),
       codes_bytes_per_token_(codes_bytes_per_token),
       scale_bytes_per_token_(scale_bytes_per_token) {}
 
@@ -42,7 +47,6 @@ PagedCache::Sequence& PagedCache::own(SeqId seq) { return const_cast<Sequence&>(
 SeqId PagedCache::create() {
   check_no_step("create");
   Sequence sequence;
-  sequence.pages.resize(model_.n_layers);
   sequence.extra = make_extra();
   sequences_.emplace(next_seq_, std::move(sequence));
   return next_seq_++;
@@ -56,19 +60,16 @@ SeqId PagedCache::fork(SeqId seq) {
   copy.stored_len = from.stored_len;
   copy.pages = from.pages;
   if (from.extra) copy.extra = from.extra->clone();
-  for (const auto& table : copy.pages)
-    for (Page* page : table) pool_.ref(page);
+  for (Page* page : copy.pages) pool_.ref(page);
   sequences_.emplace(next_seq_, std::move(copy));
   return next_seq_++;
 }
 
 void PagedCache::drop_pages(Sequence& sequence, int64_t keep_tokens) {
   const size_t keep = static_cast<size_t>(pages_of(keep_tokens));
-  for (auto& table : sequence.pages) {
-    while (table.size() > keep) {
-      pool_.unref(table.back());
-      table.pop_back();
-    }
+  while (sequence.pages.size() > keep) {
+    pool_.unref(sequence.pages.back());
+    sequence.pages.pop_back();
   }
 }
 
@@ -91,15 +92,13 @@ void PagedCache::release(SeqId seq) {
 
 int64_t PagedCache::kv_len(SeqId seq) const { return sequence(seq).kv_len; }
 
-// New pages per layer: those beyond the table, and a copy of the first page written to where another sequence shares it.
+// New pages: those beyond the table, and a copy of each page written to where another sequence shares it.
 int64_t PagedCache::new_pages_wanted(const Chunk& chunk, int64_t tokens_in_pages) const {
-  int64_t wanted = 0;
-  const int64_t first_written = chunk.sequence->stored_len / kPageTokens;
-  for (const auto& table : chunk.sequence->pages) {
-    const int64_t have = static_cast<int64_t>(table.size());
-    wanted += std::max<int64_t>(0, pages_of(tokens_in_pages) - have);
-    for (int64_t page = first_written; page < std::min(have, pages_of(tokens_in_pages)); ++page) wanted += table[page]->refs > 1;
-  }
+  const std::vector<Page*>& table = chunk.sequence->pages;
+  const int64_t have = static_cast<int64_t>(table.size());
+  int64_t wanted = std::max<int64_t>(0, pages_of(tokens_in_pages) - have);
+  for (int64_t page = chunk.sequence->stored_len / kPageTokens; page < std::min(have, pages_of(tokens_in_pages)); ++page)
+    wanted += table[static_cast<size_t>(page)]->refs > 1;
   return wanted;
 }
 
@@ -126,7 +125,7 @@ void PagedCache::begin_step(const std::vector<SeqChunk>& chunks, StepKind kind) 
     made.stored_len = stored_len_after(target, made.kv_len);
     made.rope_len = std::max(chunk.rope_len, made.kv_len);
     made.is_prompt = chunk.is_prompt;
-    for (const auto& table : target.pages) made.pages_before.push_back(table.size());
+    made.pages_before = target.pages.size();
     wanted_pages += new_pages_wanted(made, kind == StepKind::kQuantizeAll ? made.kv_len : made.stored_len);
     step->n_tokens += chunk.n_tokens;
     step->chunks.push_back(std::move(made));
@@ -135,16 +134,15 @@ void PagedCache::begin_step(const std::vector<SeqChunk>& chunks, StepKind kind) 
 
   for (Chunk& chunk : step->chunks) {
     const int64_t tokens_in_pages = kind == StepKind::kQuantizeAll ? chunk.kv_len : chunk.stored_len;
-    for (auto& table : chunk.sequence->pages) {
-      for (size_t i = static_cast<size_t>(chunk.sequence->stored_len / kPageTokens); i < table.size(); ++i) {
-        if (table[i]->refs == 1) continue;
-        Page* copy = pool_.take();
-        std::memcpy(copy->bytes, table[i]->bytes, static_cast<size_t>(pool_.page_bytes()));
-        pool_.unref(table[i]);
-        table[i] = copy;
-      }
-      while (static_cast<int64_t>(table.size()) < pages_of(tokens_in_pages)) table.push_back(pool_.take());
+    std::vector<Page*>& table = chunk.sequence->pages;
+    for (size_t i = static_cast<size_t>(chunk.sequence->stored_len / kPageTokens); i < table.size(); ++i) {
+      if (table[i]->refs == 1) continue;
+      Page* copy = pool_.take();
+      pool_.memory().copy(copy->bytes, table[i]->bytes, pool_.page_bytes());
+      pool_.unref(table[i]);
+      table[i] = copy;
     }
+    while (static_cast<int64_t>(table.size()) < pages_of(tokens_in_pages)) table.push_back(pool_.take());
   }
 
   std::vector<at::Tensor> cos_parts;
@@ -208,12 +206,10 @@ void PagedCache::abort_step() {
   if (!step_) return;
   on_abort_step(*step_);
   for (const Chunk& chunk : step_->chunks) {
-    for (size_t layer = 0; layer < chunk.sequence->pages.size(); ++layer) {
-      auto& table = chunk.sequence->pages[layer];
-      while (table.size() > chunk.pages_before[layer]) {
-        pool_.unref(table.back());
-        table.pop_back();
-      }
+    std::vector<Page*>& table = chunk.sequence->pages;
+    while (table.size() > chunk.pages_before) {
+      pool_.unref(table.back());
+      table.pop_back();
     }
   }
   step_.reset();
@@ -224,19 +220,17 @@ KvUsage PagedCache::usage() const {
   std::unordered_map<const Page*, int64_t> filled;  // a page that several sequences share counts once, as full as the fullest sees it
   for (const auto& [seq, sequence] : sequences_) {
     usage.elements += 2 * sequence.kv_len * model_.kv_channels() * model_.n_layers;
-    for (const auto& table : sequence.pages) {
-      for (size_t i = 0; i < table.size(); ++i) {
-        const int64_t tokens = std::clamp<int64_t>(sequence.stored_len - static_cast<int64_t>(i) * kPageTokens, 0, kPageTokens);
-        int64_t& most = filled[table[i]];
-        most = std::max(most, tokens);
-      }
+    for (size_t i = 0; i < sequence.pages.size(); ++i) {
+      const int64_t tokens = std::clamp<int64_t>(sequence.stored_len - static_cast<int64_t>(i) * kPageTokens, 0, kPageTokens);
+      int64_t& most = filled[sequence.pages[i]];
+      most = std::max(most, tokens);
     }
     if (sequence.extra) sequence.extra->add_usage(usage);
   }
   for (const auto& [page, tokens] : filled) {
-    usage.codes_bytes += tokens * codes_bytes_per_token_;
-    usage.scale_bytes += tokens * scale_bytes_per_token_;
-    usage.slack_bytes += pool_.page_bytes() - tokens * (codes_bytes_per_token_ + scale_bytes_per_token_);
+    usage.codes_bytes += tokens * codes_bytes_per_token_ * model_.n_layers;
+    usage.scale_bytes += tokens * scale_bytes_per_token_ * model_.n_layers;
+    usage.slack_bytes += pool_.page_bytes() - tokens * (codes_bytes_per_token_ + scale_bytes_per_token_) * model_.n_layers;
   }
   usage.pool_free_bytes = pool_.free_pages() * pool_.page_bytes();
   return usage;
@@ -249,7 +243,7 @@ std::map<std::string, std::string> PagedCache::saved_header() const {
   header["rotunda.n_layers"] = std::to_string(model_.n_layers);
   header["rotunda.n_kv_heads"] = std::to_string(model_.n_kv_heads);
   header["rotunda.head_dim"] = std::to_string(model_.head_dim);
-  header["rotunda.page_bytes"] = std::to_string(pool_.page_bytes());
+  header["rotunda.page_bytes"] = std::to_string(layer_page_bytes_);
   return header;
 }
 
@@ -262,11 +256,14 @@ ops::TensorBundle PagedCache::export_sequence(SeqId seq) const {
   meta["rotunda.kv_len"] = std::to_string(from.kv_len);
   meta["rotunda.stored_len"] = std::to_string(from.stored_len);
   const int64_t n_pages = pages_of(from.stored_len);
-  at::Tensor pages = at::empty({model_.n_layers, n_pages, pool_.page_bytes()}, at::kByte);
-  for (int64_t layer = 0; layer < model_.n_layers; ++layer)
-    for (int64_t i = 0; i < n_pages; ++i)
-      std::memcpy(pages.data_ptr<uint8_t>() + (layer * n_pages + i) * pool_.page_bytes(), from.pages[layer][i]->bytes,
-                  static_cast<size_t>(pool_.page_bytes()));
+  at::Tensor pages = at::empty({model_.n_layers, n_pages, layer_page_bytes_}, at::kByte);
+  std::vector<uint8_t> whole(static_cast<size_t>(pool_.page_bytes()));
+  for (int64_t i = 0; i < n_pages; ++i) {
+    pool_.memory().read(whole.data(), from.pages[static_cast<size_t>(i)]->bytes, pool_.page_bytes());
+    for (int64_t layer = 0; layer < model_.n_layers; ++layer)
+      std::memcpy(pages.data_ptr<uint8_t>() + (layer * n_pages + i) * layer_page_bytes_, whole.data() + layer * layer_page_bytes_,
+                  static_cast<size_t>(layer_page_bytes_));
+  }
   bundle.tensors["pages"] = pages;
   if (from.extra) from.extra->export_to(bundle);
   return bundle;
@@ -278,28 +275,28 @@ SeqId PagedCache::import_sequence(const ops::TensorBundle& bundle) {
     ROTUNDA_CHECK(bundle.meta(key) == value, bundle.origin, ": ", key, " is ", bundle.meta(key), ", this cache has ", value);
 
   Sequence made;
-  made.pages.resize(model_.n_layers);
   made.kv_len = bundle.meta_int("rotunda.kv_len");
   made.stored_len = bundle.meta_int("rotunda.stored_len");
   // 2^40 tokens: far beyond any cache, and small enough that no product below overflows.
   ROTUNDA_CHECK(made.kv_len >= 0 && made.kv_len < (int64_t{1} << 40) && made.stored_len >= 0 && made.stored_len <= made.kv_len,
                 bundle.origin, ": rotunda.kv_len ", made.kv_len, " and rotunda.stored_len ", made.stored_len, " cannot be");
   const int64_t n_pages = pages_of(made.stored_len);
-  const at::Tensor pages = bundle.get("pages", at::kByte, {model_.n_layers, n_pages, pool_.page_bytes()}).contiguous();
+  const at::Tensor pages = bundle.get("pages", at::kByte, {model_.n_layers, n_pages, layer_page_bytes_}).contiguous();
   made.extra = make_extra();
   if (made.extra) {
     made.extra->import_from(bundle, made.kv_len);
   } else {
     ROTUNDA_CHECK(made.stored_len == made.kv_len, bundle.origin, ": rotunda.stored_len is ", made.stored_len, ", expected ", made.kv_len);
   }
-  pool_.reserve(n_pages * model_.n_layers);
-  for (int64_t layer = 0; layer < model_.n_layers; ++layer) {
-    for (int64_t i = 0; i < n_pages; ++i) {
-      Page* page = pool_.take();
-      std::memcpy(page->bytes, pages.data_ptr<uint8_t>() + (layer * n_pages + i) * pool_.page_bytes(),
-                  static_cast<size_t>(pool_.page_bytes()));
-      made.pages[layer].push_back(page);
-    }
+  pool_.reserve(n_pages);
+  std::vector<uint8_t> whole(static_cast<size_t>(pool_.page_bytes()));
+  for (int64_t i = 0; i < n_pages; ++i) {
+    for (int64_t layer = 0; layer < model_.n_layers; ++layer)
+      std::memcpy(whole.data() + layer * layer_page_bytes_, pages.const_data_ptr<uint8_t>() + (layer * n_pages + i) * layer_page_bytes_,
+                  static_cast<size_t>(layer_page_bytes_));
+    Page* page = pool_.take();
+    pool_.memory().write(page->bytes, whole.data(), pool_.page_bytes());
+    made.pages.push_back(page);
   }
   sequences_.emplace(next_seq_, std::move(made));
   return next_seq_++;

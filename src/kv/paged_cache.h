@@ -56,8 +56,8 @@ class PagedCache : public KvCache {
   struct Sequence {
     int64_t kv_len = 0;
     int64_t stored_len = 0;  ///< tokens 0 .. stored_len - 1 are in pages; the rest only beside them
-    std::vector<std::vector<Page*>> pages;  ///< [layer][page]
-    std::unique_ptr<PagedCacheExtra> extra;   ///< may be null
+    std::vector<Page*> pages;                ///< a page holds its tokens for every layer, see layer_page()
+    std::unique_ptr<PagedCacheExtra> extra;  ///< may be null
   };
 
   /// One chunk of the open step.
@@ -71,7 +71,7 @@ class PagedCache : public KvCache {
     int64_t stored_len;  ///< after the step
     int64_t rope_len;
     bool is_prompt;
-    std::vector<size_t> pages_before;  ///< [layer], to undo
+    size_t pages_before;  ///< to undo
   };
 
   struct Step {
@@ -81,8 +81,10 @@ class PagedCache : public KvCache {
     at::Tensor cos, sin;  ///< [T, head_dim / 2] fp32, attention factor in
   };
 
-  /// @param stored_bytes_per_token of one layer, codes and metadata: page_bytes / kPageTokens without padding
-  PagedCache(KvSpec spec, KvModel model, int64_t page_bytes, int64_t codes_bytes_per_token, int64_t scale_bytes_per_token);
+  /// @param page_bytes of one layer   @param codes_bytes_per_token, scale_bytes_per_token of one layer: page_bytes / kPageTokens without padding
+  /// @param memory where pages lie
+  PagedCache(KvSpec spec, KvModel model, int64_t page_bytes, int64_t codes_bytes_per_token, int64_t scale_bytes_per_token,
+             std::unique_ptr<PageMemory> memory = host_page_memory());
   ~PagedCache() override;
 
   /// How many tokens are in pages once the sequence has grown to `kv_len`; at least sequence.stored_len.
@@ -101,6 +103,12 @@ class PagedCache : public KvCache {
 
   const Sequence& sequence(SeqId seq) const;
   PagePool& pool() { return pool_; }
+  /// The part of a page that belongs to one layer.
+  std::byte* layer_page(const Page* page, int layer) const { return page->bytes + layer * layer_page_bytes_; }
+  std::byte* layer_page(const Chunk& chunk, int layer, int64_t page) const {
+    return layer_page(chunk.sequence->pages[static_cast<size_t>(page)], layer);
+  }
+  int64_t layer_page_bytes() const { return layer_page_bytes_; }
 
  private:
   void check_no_step(const char* what) const;
@@ -115,6 +123,7 @@ class PagedCache : public KvCache {
 
   KvSpec spec_;
   KvModel model_;
+  int64_t layer_page_bytes_;
   PagePool pool_;
   int64_t codes_bytes_per_token_;
   int64_t scale_bytes_per_token_;

@@ -308,7 +308,7 @@ void WindowedCache::store_rows(int layer, const Chunk& chunk, int64_t first, int
         make_packable(layer, chunk, low, high - low, made.data());
         key = made.data();
       }
-      std::byte* page = chunk.sequence->pages[layer][block / kBlocksPerPage]->bytes;
+      std::byte* page = layer_page(chunk, layer, block / kBlocksPerPage);
       if (!store(layer, page, static_cast<int>(block % kBlocksPerPage), static_cast<int>(low % kTokenBlock),
                  static_cast<int>(high - low), key, own.value))
         finite = false;
@@ -445,7 +445,7 @@ void WindowedCache::fill_task(int layer, const Chunk& chunk, const float* q, Dec
   Exact& exact = exact_of(chunk);
   const int64_t oldest = model().sliding_window == 0 ? 0 : std::max<int64_t>(0, chunk.kv_len - model().sliding_window);
   const int64_t n_pages = (chunk.stored_len + kPageTokens - 1) / kPageTokens;
-  for (int64_t page = 0; page < n_pages; ++page) task.pages.push_back(chunk.sequence->pages[layer][page]->bytes);
+  for (int64_t page = 0; page < n_pages; ++page) task.pages.push_back(layer_page(chunk, layer, page));
   task.masks = block_masks(n_pages * kBlocksPerPage, oldest, chunk.stored_len);
   const auto bit = [](int64_t slot) { return static_cast<uint16_t>(1u << (slot % kTokenBlock)); };
 

@@ -62,12 +62,11 @@ class NegativePages final : public WindowedCache {
   }
 
   StoredTokens stored_tokens(int layer, const Chunk& chunk) const override {
-    const auto& pages = chunk.sequence->pages[layer];
     return {model().n_kv_heads, model().head_dim,
-            [this, &pages](int64_t block, float* key, int64_t stride, float* value, int64_t value_head_stride) {
+            [this, layer, &chunk](int64_t block, float* key, int64_t stride, float* value, int64_t value_head_stride) {
               for (int head = 0; head < model().n_kv_heads; ++head) {
                 float* head_key = key + head * model().head_dim * stride;
-                kernels::load_plain(layout_, pages[block / kBlocksPerPage]->bytes, head,
+                kernels::load_plain(layout_, layer_page(chunk, layer, block / kBlocksPerPage), head,
                                     static_cast<int>(block % kBlocksPerPage), head_key, stride,
                                     value + head * value_head_stride);
                 for (int c = 0; c < model().head_dim; ++c)

@@ -38,15 +38,15 @@ struct PlainPageLayout {
   int head_dim = 0;  ///< a multiple of 16
   int blocks_per_page = 0;
 
-  int64_t page_tokens() const { return int64_t{blocks_per_page} * kTokenBlock; }
-  int64_t key_bytes() const { return page_tokens() * n_kv_heads * head_dim * element_bytes(type); }
-  int64_t page_bytes() const { return 2 * key_bytes(); }
+  constexpr int64_t page_tokens() const { return int64_t{blocks_per_page} * kTokenBlock; }
+  constexpr int64_t key_bytes() const { return page_tokens() * n_kv_heads * head_dim * element_bytes(type); }
+  constexpr int64_t page_bytes() const { return 2 * key_bytes(); }
   /// Byte offset of key channel 0 of a block of a head; channel c follows at c * kTokenBlock elements.
-  int64_t key_block_offset(int head, int block) const {
+  constexpr int64_t key_block_offset(int head, int block) const {
     return (int64_t{head} * blocks_per_page + block) * head_dim * kTokenBlock * element_bytes(type);
   }
   /// Byte offset of the value row of a token (counted within the page) of a head.
-  int64_t value_row_offset(int head, int64_t token) const {
+  constexpr int64_t value_row_offset(int head, int64_t token) const {
     return key_bytes() + (head * page_tokens() + token) * head_dim * element_bytes(type);
   }
 };

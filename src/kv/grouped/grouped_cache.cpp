@@ -38,14 +38,13 @@ class GroupedCache final : public WindowedCache {
   }
 
   StoredTokens stored_tokens(int layer, const Chunk& chunk) const override {
-    const auto& pages = chunk.sequence->pages[layer];
     return {model().n_kv_heads, model().head_dim,
-            [this, layer, &pages](int64_t block, float* key, int64_t stride, float* value, int64_t value_head_stride) {
+            [this, layer, &chunk](int64_t block, float* key, int64_t stride, float* value, int64_t value_head_stride) {
               static thread_local kernels::Scratch scratch;
               const int d = model().head_dim;
               float* const lanes = scratch.floats(static_cast<size_t>(d) * kernels::kTokenBlock);
               for (int head = 0; head < model().n_kv_heads; ++head) {
-                grouped_load({&layer_, pages[block / kBlocksPerPage]->bytes, head,
+                grouped_load({&layer_, layer_page(chunk, layer, block / kBlocksPerPage), head,
                               static_cast<int>(block % kBlocksPerPage), lanes, value + head * value_head_stride});
                 bases_[layer].undo_lanes(head, lanes);
                 for (int c = 0; c < d; ++c)

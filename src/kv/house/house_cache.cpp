@@ -70,12 +70,11 @@ class HouseCache final : public WindowedCache {
   }
 
   StoredTokens stored_tokens(int layer, const Chunk& chunk) const override {
-    const auto& pages = chunk.sequence->pages[layer];
     return {model().n_kv_heads, model().head_dim,
-            [this, layer, &pages](int64_t block, float* key, int64_t stride, float* value, int64_t value_head_stride) {
+            [this, layer, &chunk](int64_t block, float* key, int64_t stride, float* value, int64_t value_head_stride) {
               const BlockAngles angles(rope_, block, model().head_dim / 2);
               for (int head = 0; head < model().n_kv_heads; ++head)
-                house_load({&layers_[layer], pages[block / kBlocksPerPage]->bytes, head,
+                house_load({&layers_[layer], layer_page(chunk, layer, block / kBlocksPerPage), head,
                             static_cast<int>(block % kBlocksPerPage), angles.cos.data(), angles.sin.data(),
                             key + int64_t{head} * model().head_dim * stride, stride, value + head * value_head_stride});
             }};

@@ -56,7 +56,7 @@ class PlainCache final : public PagedCache {
       const int64_t n = std::min<int64_t>(kPageTokens - in_page, chunk.kv_len - position);
       const int64_t row = chunk.row + position - chunk.first;
       const bool finite = kernels::store_plain(layout_, k.data_ptr<float>() + row * channels, v.data_ptr<float>() + row * channels, channels,
-                                               in_page, n, chunk.sequence->pages[layer][position / kPageTokens]->bytes);
+                                               in_page, n, layer_page(chunk, layer, position / kPageTokens));
       ROTUNDA_CHECK(finite, spec().format, ": a key or value of layer ", model().layer_id(layer), ", sequence ", chunk.seq, ", tokens ",
                     position, " to ", position + n - 1, " is NaN, infinite or beyond the format's range");
       position += n;
@@ -75,10 +75,9 @@ class PlainCache final : public PagedCache {
       const int64_t rep = model().n_heads / model().n_kv_heads;
       ops::TileAttention attention(ops::stack_query_heads(chunk_q.to(at::kFloat) * model().softmax_scale, model().n_kv_heads));
       attention.add_finished(chunk_out, lse);
-      const auto& pages = chunk.sequence->pages[layer];
       const StoredTokens tokens{model().n_kv_heads, model().head_dim,
                                 [&](int64_t block, float* key, int64_t stride, float* value, int64_t value_head_stride) {
-                                  const std::byte* page = pages[block / kBlocksPerPage]->bytes;
+                                  const std::byte* page = layer_page(chunk, layer, block / kBlocksPerPage);
                                   for (int head = 0; head < model().n_kv_heads; ++head)
                                     kernels::load_plain(layout_, page, head, static_cast<int>(block % kBlocksPerPage),
                                                         key + head * model().head_dim * stride, stride, value + head * value_head_stride);
@@ -101,7 +100,7 @@ class PlainCache final : public PagedCache {
     std::vector<SplitDecode::Item> items;
     for (size_t i = 0; i < chunks.size(); ++i) {
       const Chunk& chunk = *chunks[i];
-      for (const Page* page : chunk.sequence->pages[layer]) pages[i].push_back(page->bytes);
+      for (const Page* page : chunk.sequence->pages) pages[i].push_back(layer_page(page, layer));
       const int64_t n_pages = static_cast<int64_t>(pages[i].size());
       const int64_t oldest = model().sliding_window == 0 ? 0 : std::max<int64_t>(0, chunk.kv_len - model().sliding_window);
       masks[i] = block_masks(n_pages * kBlocksPerPage, oldest, chunk.kv_len);

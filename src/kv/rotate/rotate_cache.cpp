@@ -140,9 +140,8 @@ class RotateCache final : public WindowedCache {
   StoredTokens stored_tokens(int layer, const Chunk& chunk) const override {
     const RopeTables& tables = tables_.at(chunk.rope_len);
     const RotateLayer& rotate_layer = layers_[layer];
-    const auto& pages = chunk.sequence->pages[layer];
     return {model().n_kv_heads, model().head_dim,
-            [this, &tables, &rotate_layer, &pages](int64_t block, float* key, int64_t stride, float* value,
+            [this, layer, &chunk, &tables, &rotate_layer](int64_t block, float* key, int64_t stride, float* value,
                                                    int64_t value_head_stride) {
               std::vector<float> angles(static_cast<size_t>(model().head_dim) * kTokenBlock);
               float* cos = angles.data();
@@ -150,7 +149,7 @@ class RotateCache final : public WindowedCache {
               tables.block(block, static_cast<float>(model().rope.attention_factor()), cos, sin);
               const RotatePageLayout& layout = rotate_layer.layout;
               for (int group = 0; group < layout.n_rotation_groups(); ++group)
-                rotate_load({&rotate_layer, pages[block / kBlocksPerPage]->bytes, group,
+                rotate_load({&rotate_layer, layer_page(chunk, layer, block / kBlocksPerPage), group,
                              static_cast<int>(block % kBlocksPerPage), cos, sin,
                              key + int64_t{group} * layout.group_channels() * stride, stride,
                              value + int64_t{group} * layout.heads_per_group * value_head_stride, value_head_stride});
