@@ -42,8 +42,10 @@ class PageCodecCuda {
   /// Rows for store() out of keys after RoPE, of one layer or of several.
   /// @param first_layer of the N layers   @param turned [N, T, n_kv_heads, head_dim] fp32, contiguous, attention factor in; may be overwritten
   /// @param cos, sin [T, head_dim / 2] fp32, what the keys were turned by, attention factor in
+  /// @param positions [T] int32 or int64 of these tokens, on the GPU
   /// @return [N, T, kv_channels] fp32, contiguous
-  virtual at::Tensor packable(int first_layer, const at::Tensor& turned, const at::Tensor& cos, const at::Tensor& sin) const = 0;
+  virtual at::Tensor packable(int first_layer, const at::Tensor& turned, const at::Tensor& cos, const at::Tensor& sin,
+                              const at::Tensor& positions) const = 0;
 
   /// Packs tokens, of one layer or of several.
   /// @param key, value [N, T, kv_channels] fp32, contiguous; values in the basis given
@@ -54,10 +56,10 @@ class PageCodecCuda {
 
   /// Unpacks whole pages of one sequence, for prefill and evaluation.
   /// @param table [P] int32 numbers of pages, on the GPU   @param cos, sin [128 P, head_dim / 2] fp32 of these tokens, attention factor in
-  /// @param dtype kFloat, kBFloat16 or kHalf
+  /// @param positions [128 P] int32 or int64 of these tokens, on the GPU   @param dtype kFloat, kBFloat16 or kHalf
   /// @return keys after RoPE with attention factor, in the basis of `turned`, and values: [n_kv_heads, 128 P, head_dim] each
   virtual std::pair<at::Tensor, at::Tensor> load(int layer, const PagesCuda& pages, const at::Tensor& table, const at::Tensor& cos,
-                                                 const at::Tensor& sin, at::ScalarType dtype) const = 0;
+                                                 const at::Tensor& sin, const at::Tensor& positions, at::ScalarType dtype) const = 0;
 
   /// Whether decode() is there; else the cache unpacks pages for every token.
   virtual bool has_decode() const { return true; }

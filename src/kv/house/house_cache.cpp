@@ -2,48 +2,16 @@
 
 #include <ATen/ATen.h>
 
-#include <bit>
 #include <utility>
 #include <vector>
 
-#include "base/check.h"
+#include "kv/house/house_tables.h"
 #include "kv/rope_tables.h"
 #include "kv/windowed_cache.h"
 
 namespace rotunda::kv::house {
 
 namespace {
-
-// What one layer's weights (and a calibration) made of the format's tables.
-struct LayerTables {
-  at::Tensor balance;                        // [n_kv_heads, d / 2]
-  at::Tensor shift;                          // [n_kv_heads, d], attention factor in
-  at::Tensor feedback;                       // [n_kv_heads, d, d], or undefined
-  std::vector<std::vector<uint16_t>> pairs;  // [n_kv_heads], RoPE pairs that are shifted
-
-  const float* shift_of(int head) const { return shift.const_data_ptr<float>() + head * shift.size(1); }
-};
-
-std::vector<uint16_t> shifted_pairs(const float* shift, int half) {
-  std::vector<uint16_t> pairs;
-  for (int i = 0; i < half; ++i)
-    if (shift[i] != 0.0F || shift[i + half] != 0.0F) pairs.push_back(static_cast<uint16_t>(i));
-  return pairs;
-}
-
-LayerTables layer_tables(const KvModel& model, int layer, bool with_feedback, const ops::TensorBundle& setup) {
-  const int64_t heads = model.n_kv_heads, d = model.head_dim;
-  const auto part = [&](const char* name, at::IntArrayRef sizes) {
-    return setup.get(concat(name, ".", layer), at::kFloat, sizes).contiguous();
-  };
-  LayerTables tables;
-  tables.balance = part("balance", {heads, d / 2});
-  tables.shift = part("shift", {heads, d}) * model.rope.attention_factor();
-  if (with_feedback) tables.feedback = part("feedback", {heads, d, d});
-  for (int head = 0; head < model.n_kv_heads; ++head)
-    tables.pairs.push_back(shifted_pairs(tables.shift_of(head), model.head_dim / 2));
-  return tables;
-}
 
 class HouseCache final : public WindowedCache {
  public:
@@ -54,17 +22,15 @@ class HouseCache final : public WindowedCache {
                       model.n_kv_heads * 2 * layout.scale_bytes() / layout.page_tokens()),
         // Frequencies of a short sequence also where `dynamic` RoPE lets them change with the length: what is taken off a key need
         // only be the same when it is given back.
-        rope_(model.rope.inv_freq(0), kPageTokens) {
-    for (int layer = 0; layer < model.n_layers; ++layer) {
-      tables_.push_back(layer_tables(model, layer, options.feedback != Moments::kNone, setup));
-      const LayerTables& tables = tables_.back();
+        rope_(model.rope.inv_freq(0), kPageTokens),
+        tables_(house_tables(model, options, setup)) {
+    for (const LayerTables& tables : tables_) {
       HouseLayer kernel_layer;
       kernel_layer.layout = layout;
       kernel_layer.scale = options.scale;
       kernel_layer.hadamard = kernels::hadamard_plan(model.head_dim);
       if (tables.feedback.defined()) kernel_layer.feedback = tables.feedback.const_data_ptr<float>();
-      for (const auto& pairs : tables.pairs)
-        if (!pairs.empty()) kernel_layer.shift = tables.shift.const_data_ptr<float>();
+      if (tables.shifts()) kernel_layer.shift = tables.shift.const_data_ptr<float>();
       layers_.push_back(kernel_layer);
     }
   }
@@ -164,24 +130,8 @@ class HouseCache final : public WindowedCache {
 
   std::map<std::string, std::string> saved_settings() const override {
     auto settings = WindowedCache::saved_settings();
-    settings["rotunda.key_bits"] = std::to_string(layers_.front().layout.key_bits);
-    settings["rotunda.value_bits"] = std::to_string(layers_.front().layout.value_bits);
-    settings["rotunda.tables_hash"] = std::to_string(tables_hash());
+    settings.merge(codes_settings(layers_.front().layout, tables_));
     return settings;
-  }
-
-  // FNV-1a over balance and shift: codes mean nothing under others. Their upper 16 bits alone, for the same weights may give other low
-  // bits on another machine.
-  uint64_t tables_hash() const {
-    uint64_t hash = 14695981039346656037ULL;
-    for (const LayerTables& tables : tables_) {
-      for (const at::Tensor& table : {tables.balance, tables.shift}) {
-        for (int64_t i = 0; i < table.numel(); ++i)
-          hash =
-              (hash ^ ((std::bit_cast<uint32_t>(table.const_data_ptr<float>()[i]) + 0x8000U) >> 16)) * 1099511628211ULL;
-      }
-    }
-    return hash;
   }
 
   // cos and sin of the 16 positions of one block of the sequence, [d / 2][16] each.

@@ -1,6 +1,6 @@
 #include "kv/house/kernels/house_decode_cuda.h"
 #include "kv/house/kernels/house_decode_dispatch.cuh"
-#include "kv/house/kernels/house_shift.cuh"
+#include "kv/house/kernels/house_query.cuh"
 
 namespace rotunda::kv::house {
 
@@ -16,10 +16,11 @@ cudaError_t dispatch(kernels::PagedTask task, const PagedDecode& p, int key_bits
   }
 }
 
-constexpr int kShiftWarps = 4;
+constexpr int kQueryWarps = 4;
 
-__global__ void __launch_bounds__(kShiftWarps * kernels::kWarp) shift_kernel(const __grid_constant__ ShiftOfQueries p) {
-  shift_of_queries(p, kShiftWarps);
+template <int kHeadDim>
+__global__ void __launch_bounds__(kQueryWarps * kernels::kWarp) query_kernel(const __grid_constant__ HouseQueries p) {
+  house_query_warps<kHeadDim>(p, kQueryWarps);
 }
 
 }  // namespace
@@ -34,10 +35,15 @@ cudaError_t house_decode_cuda(const PagedDecode& params, int key_bits, int value
   return dispatch(kernels::PagedTask::kLaunch, params, key_bits, value_bits, same, stream);
 }
 
-cudaError_t house_shift_cuda(const ShiftOfQueries& params, cudaStream_t stream) {
+cudaError_t house_query_cuda(const HouseQueries& params, cudaStream_t stream) {
   const int rows = params.batch * params.n_kv_heads * params.n_q;
+  const auto kernel = params.head_dim == 64    ? &query_kernel<64>
+                      : params.head_dim == 128 ? &query_kernel<128>
+                      : params.head_dim == 256 ? &query_kernel<256>
+                                               : nullptr;
+  if (kernel == nullptr) return cudaErrorInvalidValue;
   if (rows == 0) return cudaSuccess;
-  shift_kernel<<<static_cast<unsigned>((rows + kShiftWarps - 1) / kShiftWarps), kShiftWarps * kernels::kWarp, 0, stream>>>(params);
+  kernel<<<static_cast<unsigned>((rows + kQueryWarps - 1) / kQueryWarps), kQueryWarps * kernels::kWarp, 0, stream>>>(params);
   return cudaGetLastError();
 }
 

@@ -31,17 +31,18 @@ class HouseStoreWarp {
         best_(reinterpret_cast<uint32_t*>(error_ + d_ * kRow)),
         tried_(best_ + d_ / 8 * kRow) {}
 
-  __device__ void run(const StorePair& pair, int head, bool is_key) {
+  __device__ void run(const StorePair& pair, int layer, int head, bool is_key) {
+    if (pair.tokens == 0) return;
     bits_ = is_key ? p_.layout.key_bits : p_.layout.value_bits;
     top_ = static_cast<float>((1 << bits_) - 1);
     middle_ = static_cast<float>(1 << (bits_ - 1));
-    load(pair, head, is_key);
+    load(pair, layer, head, is_key);
     const bool mine = (pair.tokens >> lane_ & 1U) != 0;
-    const float* const feedback = is_key && p_.feedback != nullptr ? p_.feedback + int64_t{head} * d_ * d_ : nullptr;
+    const float* const feedback = is_key && p_.feedback != nullptr ? p_.feedback + (int64_t{layer} * p_.layout.n_kv_heads + head) * d_ * d_ : nullptr;
     uint16_t scale = 0;
-    if (mine && !quantize(feedback, &scale)) *p_.refused = 1;
+    if (mine && !quantize(feedback, &scale)) p_.refused[layer] = 1;
     __syncwarp();
-    std::byte* const page = p_.pool + pair.page * p_.page_bytes;
+    std::byte* const page = p_.pool + pair.page * p_.page_bytes + layer * p_.layer_bytes;
     if (is_key) write_key(pair, head, page, mine, scale);
     else write_value(pair, head, page, mine, scale);
     __syncwarp();
@@ -52,11 +53,12 @@ class HouseStoreWarp {
   __device__ float& error(int c) const { return error_[c * kRow + lane_]; }
 
   /// Rows come in whole, a warp to a token; tokens that are not there are left as they are.
-  __device__ void load(const StorePair& pair, int head, bool is_key) {
+  __device__ void load(const StorePair& pair, int layer, int head, bool is_key) {
+    const float* const rows = (is_key ? p_.key : p_.value) + layer * p_.layer_stride + int64_t{head} * d_;
     const int first = __ffs(static_cast<int>(pair.tokens)) - 1;
     for (int t = 0; t < kWarp; ++t) {
       if ((pair.tokens >> t & 1U) == 0) continue;
-      const float* const row = (is_key ? p_.key : p_.value) + (pair.row + t - first) * p_.row_stride + int64_t{head} * d_;
+      const float* const row = rows + (pair.row + t - first) * p_.row_stride;
       for (int c = lane_; c < d_; c += kWarp) y_[c * kRow + t] = row[c];
     }
     __syncwarp();
@@ -315,15 +317,16 @@ class HouseStoreWarp {
   uint32_t* const tried_;
 };
 
-/// The kernel's body: warp w of all takes item w. Keys come first: they take longest.
+/// The kernel's body: warp w of all takes item w. Keys come first: they take longest. Neighbours share a head's feedback.
 /// @param shared HouseStoreWarp::shared_bytes for each warp
 __device__ inline void house_store_warps(const HouseStoreBatch& p, int warps_per_block, std::byte* shared) {
   const int warp_in_block = static_cast<int>(threadIdx.x) / HouseStoreWarp::kWarp;
   const int64_t item = int64_t{blockIdx.x} * warps_per_block + warp_in_block;
-  const int64_t n = int64_t{p.n_pairs} * p.layout.n_kv_heads;
+  const int64_t n = int64_t{p.n_layers} * p.layout.n_kv_heads * p.n_pairs;
   if (item >= 2 * n) return;
   HouseStoreWarp warp(p, shared + warp_in_block * HouseStoreWarp::shared_bytes(p.layout.head_dim));
-  warp.run(p.pairs[item % n / p.layout.n_kv_heads], static_cast<int>(item % p.layout.n_kv_heads), item < n);
+  const auto head = static_cast<int>(item % n / p.n_pairs);  // of all layers
+  warp.run(p.pairs[item % p.n_pairs], head / p.layout.n_kv_heads, head % p.layout.n_kv_heads, item < n);
 }
 
 }  // namespace rotunda::kv::house

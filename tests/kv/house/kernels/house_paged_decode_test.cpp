@@ -6,7 +6,7 @@
 #include "kernels/run_emulated.h"
 #include "kv/house/kernels/house_page_codec.cuh"
 #include "kv/house/kernels/house_paged_case.h"
-#include "kv/house/kernels/house_shift.cuh"
+#include "kv/house/kernels/house_query.cuh"
 
 namespace rotunda::kv::house {
 namespace {

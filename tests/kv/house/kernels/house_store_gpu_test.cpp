@@ -21,7 +21,7 @@ class HouseStoreGpuTest : public ::testing::Test {
   void store(StoreCase& test) {
     HouseStoreBatch p = test.params();
     const OnGpu pool(test.pool.get(), test.pool.size()), feedback(test.feedback.get(), test.feedback.size());
-    const OnGpu key(test.key), value(test.value), pairs(test.pairs), refused(&test.refused, 4);
+    const OnGpu key(test.key), value(test.value), pairs(test.pairs), refused(test.refused);
     p.pool = pool.as<std::byte>();
     if (p.feedback != nullptr) p.feedback = feedback.as<float>();
     p.key = key.as<float>();
@@ -30,7 +30,7 @@ class HouseStoreGpuTest : public ::testing::Test {
     p.refused = refused.as<int32_t>();
     check_cuda(house_store_cuda(p, nullptr), "house_store_cuda");
     check_cuda(cudaMemcpy(test.pool.get(), p.pool, test.pool.size(), cudaMemcpyDeviceToHost), "kernel");
-    check_cuda(cudaMemcpy(&test.refused, p.refused, 4, cudaMemcpyDeviceToHost), "kernel");
+    check_cuda(cudaMemcpy(test.refused.data(), p.refused, 4 * test.refused.size(), cudaMemcpyDeviceToHost), "kernel");
   }
 };
 
@@ -44,7 +44,7 @@ TEST_F(HouseStoreGpuTest, BytesOfTheReference) {
           StoreCase::AlignedBytes expected;
           ASSERT_TRUE(test.expected(expected));
           store(test);
-          EXPECT_EQ(test.refused, 0);
+          EXPECT_EQ(test.refused, std::vector<int32_t>({0, 0}));
           EXPECT_EQ(std::memcmp(test.pool.get(), expected.get(), expected.size()), 0);
         }
       }
@@ -56,7 +56,7 @@ TEST_F(HouseStoreGpuTest, SaysWhatItRefuses) {
   StoreCase test(2, 2, 128, true, ScaleRule::kUnbiased, 34);
   test.key[20 * test.row_stride + 70] = std::numeric_limits<float>::quiet_NaN();
   store(test);
-  EXPECT_EQ(test.refused, 1);
+  EXPECT_EQ(test.refused, std::vector<int32_t>({1, 0}));
 }
 
 }  // namespace
