@@ -128,6 +128,7 @@ class CacheCuda final : public PagedCache {
     const int32_t *place, *position, *stored_len, *first_token, *choose, *units_before, *block_table, *leaving;
     at::Tensor pairs, leaving_pairs;          ///< [rows, 4] int32
     at::Tensor cos, sin, leaving_cos, leaving_sin;  ///< [rows, head_dim / 2] fp32
+    at::Tensor positions, leaving_positions;         ///< [rows] int32
   };
 
   /// The same of a chunk of several tokens.
@@ -135,7 +136,8 @@ class CacheCuda final : public PagedCache {
     const Chunk* chunk;
     at::Tensor cos, sin;            ///< [n_tokens, head_dim / 2] fp32
     at::Tensor table;               ///< [pages] int32, of what is in pages before the step (quantize-all: after it)
-    at::Tensor past_cos, past_sin;  ///< of the tokens of these pages
+    at::Tensor past_cos, past_sin, past_positions;  ///< of the tokens of these pages
+    at::Tensor positions;  ///< [n_tokens] int64
     at::Tensor leaving_places, leaving_positions, leaving_pairs, leaving_cos, leaving_sin;
     at::Tensor new_pairs;           ///< of the chunk's own tokens that go to pages
     int64_t n_leaving = 0;
@@ -237,7 +239,9 @@ class CacheCuda final : public PagedCache {
     std::vector<int32_t> numbers;
     for (int64_t i = 0; i < n_pages; ++i) numbers.push_back(page_number(chunk.sequence->pages[static_cast<size_t>(i)]));
     made.table = at::tensor(numbers, at::kInt).to(at::kCUDA);
-    if (n_pages > 0) std::tie(made.past_cos, made.past_sin) = angles(0, n_pages * kPageTokens, chunk.rope_len);
+    made.positions = at::arange(chunk.first, chunk.kv_len, on_gpu(at::kLong));
+    made.past_positions = at::arange(n_pages * kPageTokens, on_gpu(at::kLong));
+    if (n_pages > 0) std::tie(made.past_cos, made.past_sin) = model().rope.cos_sin(made.past_positions, chunk.rope_len);
 
     made.first_new = all ? 0 : std::max(chunk.first, chunk.sequence->stored_len);
     made.end_new = std::max(made.first_new, all ? chunk.kv_len : chunk.stored_len);
@@ -297,9 +301,10 @@ class CacheCuda final : public PagedCache {
     const int place = static_cast<int>(place_of(chunk).number());
     update_sinks(layer, chunk, hidden, k, v);
     const at::Tensor refused = refused_.narrow(0, layer, 1);
-    const auto store = [&](const at::Tensor& key, const at::Tensor& value, const at::Tensor& pairs, const at::Tensor& cos, const at::Tensor& sin) {
+    const auto store = [&](const at::Tensor& key, const at::Tensor& value, const at::Tensor& pairs, const at::Tensor& cos, const at::Tensor& sin,
+                           const at::Tensor& positions) {
       const at::Tensor rows = key.view({1, -1, model().n_kv_heads, model().head_dim});
-      codec_->store(layer, codec_->packable(layer, rows, cos, sin), value.view({1, -1, channels()}), pairs, pages(), refused);
+      codec_->store(layer, codec_->packable(layer, rows, cos, sin, positions), value.view({1, -1, channels()}), pairs, pages(), refused);
     };
     if (prefill.n_leaving > 0) {
       const at::Tensor key = at::empty({prefill.n_leaving, channels()}, on_gpu(at::kFloat));
@@ -308,14 +313,14 @@ class CacheCuda final : public PagedCache {
                                              prefill.leaving_positions.const_data_ptr<int32_t>(), static_cast<int>(prefill.n_leaving),
                                              key.mutable_data_ptr<float>(), value.mutable_data_ptr<float>(), stream()),
                    "read_window");
-      store(key, value, prefill.leaving_pairs, prefill.leaving_cos, prefill.leaving_sin);
+      store(key, value, prefill.leaving_pairs, prefill.leaving_cos, prefill.leaving_sin, prefill.leaving_positions);
     }
     if (prefill.first_new < prefill.end_new) {
       const int64_t from = prefill.first_new - chunk.first;
       const int64_t count = prefill.end_new - prefill.first_new;
       // packable() may write to its keys, and the window wants them as they are.
       store(k.narrow(0, from, count).clone(), v.narrow(0, from, count), prefill.new_pairs, prefill.cos.narrow(0, from, count),
-            prefill.sin.narrow(0, from, count));
+            prefill.sin.narrow(0, from, count), prefill.positions.narrow(0, from, count));
     }
     if (!has_window()) return;
     const int64_t first = std::max(chunk.first, chunk.stored_len);
@@ -353,7 +358,7 @@ class CacheCuda final : public PagedCache {
   std::pair<at::Tensor, at::Tensor> past(int layer, const Prefill& prefill, int64_t n, int64_t window_first, at::ScalarType dtype) const {
     const int64_t rows = std::max<int64_t>(prefill.table.size(0) * kPageTokens, n);
     at::Tensor k, v;
-    if (prefill.table.size(0) > 0) std::tie(k, v) = codec_->load(layer, pages(), prefill.table, prefill.past_cos, prefill.past_sin, dtype);
+    if (prefill.table.size(0) > 0) std::tie(k, v) = codec_->load(layer, pages(), prefill.table, prefill.past_cos, prefill.past_sin, prefill.past_positions, dtype);
     const auto padded = [&](const at::Tensor& x) {
       const at::Tensor whole = at::empty({model().n_kv_heads, rows, model().head_dim}, on_gpu(dtype));
       if (x.defined()) whole.narrow(1, 0, x.size(1)).copy_(x);
@@ -524,6 +529,8 @@ class CacheCuda final : public PagedCache {
     decode_.block_table = base + table, decode_.leaving = base + leaving;
     decode_.pairs = tables_.narrow(0, pairs, 4 * n).view({n, 4});
     decode_.leaving_pairs = tables_.narrow(0, leaving_pairs, 4 * n).view({n, 4});
+    decode_.positions = tables_.narrow(0, position, n);
+    decode_.leaving_positions = tables_.narrow(0, leaving, n);
     const auto floats = [&](int64_t at) { return tables_.narrow(0, at, n * half).view(at::kFloat).view({n, half}); };
     decode_.cos = floats(cos), decode_.sin = floats(sin), decode_.leaving_cos = floats(leaving_cos), decode_.leaving_sin = floats(leaving_sin);
     at::Tensor& workspace = workspaces_[n];
@@ -574,7 +581,7 @@ class CacheCuda final : public PagedCache {
     }
     check_launch(kernels::append_decode_cuda(exact, layer, append, type, stream()), "append_decode");
     if (!has_window())
-      codec_->store(layer, codec_->packable(layer, k_turned, decode_.cos, decode_.sin), v_plain, decode_.pairs, pages(), refused_.narrow(0, layer, 1));
+      codec_->store(layer, codec_->packable(layer, k_turned, decode_.cos, decode_.sin, decode_.positions), v_plain, decode_.pairs, pages(), refused_.narrow(0, layer, 1));
 
     kernels::PagedDecode p;
     p.batch = n;
@@ -611,14 +618,16 @@ class CacheCuda final : public PagedCache {
     check_launch(kernels::read_window_cuda(places_->view(), 0, model().n_layers, decode_.place, decode_.leaving, static_cast<int>(n),
                                            key.mutable_data_ptr<float>(), value.mutable_data_ptr<float>(), stream()),
                  "read_window");
-    codec_->store(0, codec_->packable(0, key, decode_.leaving_cos, decode_.leaving_sin), value, decode_.leaving_pairs, pages(), refused_);
+    codec_->store(0, codec_->packable(0, key, decode_.leaving_cos, decode_.leaving_sin, decode_.leaving_positions), value, decode_.leaving_pairs, pages(), refused_);
   }
 
   at::Tensor layer_keys_to_code(int layer, const Step& step, const AttendInput& in) const override {
     const at::Tensor cos = step.cos.to(at::kCUDA);
     const at::Tensor sin = step.sin.to(at::kCUDA);
     const at::Tensor k = ops::apply_rope(codec_->before_rope(in.k).to(at::kFloat), cos, sin).contiguous();
-    return codec_->packable(layer, k.unsqueeze(0), cos, sin).squeeze(0).view({step.n_tokens, channels()});
+    std::vector<at::Tensor> positions;
+    for (const Chunk& chunk : step.chunks) positions.push_back(at::arange(chunk.first, chunk.kv_len, on_gpu(at::kLong)));
+    return codec_->packable(layer, k.unsqueeze(0), cos, sin, at::cat(positions)).squeeze(0).view({step.n_tokens, channels()});
   }
 
   std::byte* pool_base_;

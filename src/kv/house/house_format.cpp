@@ -9,6 +9,10 @@
 #include "kv/house/house_moments.h"
 #include "kv/house/house_options.h"
 #include "kv/windowed_cache.h"
+#ifdef ROTUNDA_CUDA
+#include "kv/cache_cuda.h"
+#include "kv/house/house_codec_cuda.h"
+#endif
 
 namespace rotunda::kv::house {
 
@@ -108,8 +112,9 @@ std::optional<KvSpec> HouseFormat::with_values(const KvSpec& keys, const KvSpec&
 }
 
 std::optional<std::string> HouseFormat::unsupported_reason(const KvSpec&, const KvModel& model) const {
-  if (const auto reason = device_unsupported_reason(*this, model, /*has_cuda_half=*/false)) return reason;
-  if (model.head_dim % 16 != 0) return concat(name(), " on cpu: head_dim ", model.head_dim, " is not a multiple of 16");
+  if (const auto reason = device_unsupported_reason(*this, model, /*has_cuda_half=*/true)) return reason;
+  if (model.head_dim % 16 != 0) return concat(name(), ": head_dim ", model.head_dim, " is not a multiple of 16");
+  if (model.device.is_cuda() && model.head_dim % 32 != 0) return concat(name(), " on ", model.device, ": head_dim ", model.head_dim, " is not a multiple of 32");
   return std::nullopt;
 }
 
@@ -185,7 +190,11 @@ void HouseFormat::fuse(const KvSpec& spec, const KvModel& model, int layer, Proj
 
 int64_t HouseFormat::planned_bytes(const KvSpec& spec, const KvModel& model, int64_t kv_len) const {
   const HouseOptions options = HouseOptions::from_spec(spec, bits_);
-  return planned_windowed_bytes(options.exact, model, house_layout(options, model).page_bytes(), kv_len);
+  const int64_t page_bytes = house_layout(options, model).page_bytes();
+#ifdef ROTUNDA_CUDA
+  if (model.device.is_cuda()) return planned_cuda_bytes(options.exact, model, page_bytes, kv_len);
+#endif
+  return planned_windowed_bytes(options.exact, model, page_bytes, kv_len);
 }
 
 std::unique_ptr<KvCache> HouseFormat::make_cache(const KvSpec& spec, const KvModel& model,
@@ -193,6 +202,9 @@ std::unique_ptr<KvCache> HouseFormat::make_cache(const KvSpec& spec, const KvMod
   const HouseOptions options = HouseOptions::from_spec(spec, bits_);
   const auto reason = unsupported_reason(spec, model);
   ROTUNDA_CHECK(!reason, *reason);
+#ifdef ROTUNDA_CUDA
+  if (model.device.is_cuda()) return make_cache_cuda(spec, model, options.exact, make_house_codec_cuda(model, options, setup));
+#endif
   return make_house_cache(spec, model, options, setup);
 }
 

@@ -27,7 +27,9 @@ class PlainCodecCuda final : public PageCodecCuda {
   int64_t codes_bytes_per_token() const override { return layout_.page_bytes() / layout_.page_tokens(); }
   int64_t scale_bytes_per_token() const override { return 0; }
 
-  at::Tensor packable(int, const at::Tensor& turned, const at::Tensor&, const at::Tensor&) const override { return turned.flatten(2); }
+  at::Tensor packable(int, const at::Tensor& turned, const at::Tensor&, const at::Tensor&, const at::Tensor&) const override {
+    return turned.flatten(2);
+  }
 
   void store(int first_layer, const at::Tensor& key, const at::Tensor& value, const at::Tensor& pairs, const PagesCuda& pages,
              const at::Tensor& refused) const override {
@@ -38,7 +40,7 @@ class PlainCodecCuda final : public PageCodecCuda {
   }
 
   std::pair<at::Tensor, at::Tensor> load(int layer, const PagesCuda& pages, const at::Tensor& table, const at::Tensor&, const at::Tensor&,
-                                         at::ScalarType dtype) const override {
+                                         const at::Tensor&, at::ScalarType dtype) const override {
     const int64_t n_pages = table.size(0);
     const at::Tensor key =
         at::empty({layout_.n_kv_heads, n_pages * layout_.page_tokens(), layout_.head_dim}, at::TensorOptions().device(at::kCUDA).dtype(dtype));
