@@ -595,7 +595,7 @@ class CacheCuda final : public PagedCache {
     p.table_stride = static_cast<int>(decode_.stride);
     p.stored_len = decode_.stored_len;
     p.first_token = decode_.first_token;
-    p.place = decode_.place;
+    p.slot = decode_.place;
     p.page_masks = exact.sink_blocks > 0 ? exact.page_masks + layer * exact.n_places * exact.mask_stride : nullptr;
     p.mask_stride = exact.mask_stride;
     p.exact = exact.bytes + layer * exact.layer_stride;
