@@ -1,5 +1,7 @@
 #include "engine/decode_speed.h"
 
+#include <ATen/ATen.h>
+
 #include <algorithm>
 #include <chrono>
 #include <vector>
@@ -19,7 +21,8 @@ double decode_tok_s(const KvBinding& binding, std::span<const int64_t> prompt, s
   for (size_t i = 0; i < next.size(); ++i) {
     const auto start = std::chrono::steady_clock::now();
     const kv::SeqChunk chunk{.seq = seq, .n_tokens = 1, .is_prompt = false, .rope_len = 0};
-    binding.model->logits(run_step(*binding.model, *cache, {chunk}, next.subspan(i, 1), kv::StepKind::kGenerate, stop));
+    const at::Tensor hidden = run_step(*binding.model, *cache, {chunk}, next.subspan(i, 1), kv::StepKind::kGenerate, stop);
+    binding.model->logits(hidden).argmax(-1).item<int64_t>();  // read, or a GPU would still be at it
     seconds.push_back(std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
   }
   const auto median = seconds.begin() + static_cast<std::ptrdiff_t>(seconds.size() / 2);

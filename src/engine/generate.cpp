@@ -133,7 +133,7 @@ class Batch {
   // @param hidden [members.size(), hidden_size]
   void sample(const std::vector<size_t>& members, const at::Tensor& hidden) {
     at::Tensor logits;
-    if (options_.max_new_tokens > 0) logits = model_.logits(hidden).contiguous();  // [N, vocab_size] fp32
+    if (options_.max_new_tokens > 0) logits = model_.logits(hidden).cpu().contiguous();  // [N, vocab_size] fp32
     bool any_done = false;
     for (size_t m = 0; m < members.size(); ++m) {
       const size_t i = members[m];

@@ -17,7 +17,7 @@ std::vector<kv::SeqChunk> whole(kv::SeqId seq, int64_t n_tokens) {
   return {{.seq = seq, .n_tokens = n_tokens, .is_prompt = true, .rope_len = 0}};
 }
 
-/// Queries and keys of one step from position 0 on, turned.
+/// Queries and keys of one step from position 0 on, turned; on the host, where all of these pictures are reckoned.
 struct Turned {
   at::Tensor q, k;  // [T, heads, head_dim] fp32
 };
@@ -25,7 +25,7 @@ struct Turned {
 Turned turn(const kv::KvModel& model, const kv::AttendInput& in) {
   const int64_t n_tokens = in.q.size(0);
   const auto [cos, sin] = model.rope.cos_sin(at::arange(n_tokens, at::kLong), n_tokens);
-  return {ops::apply_rope(in.q.to(at::kFloat), cos, sin), ops::apply_rope(in.k.to(at::kFloat), cos, sin)};
+  return {ops::apply_rope(in.q.to(at::kCPU, at::kFloat), cos, sin), ops::apply_rope(in.k.to(at::kCPU, at::kFloat), cos, sin)};
 }
 
 /// Runs the model on exact attention and feeds every layer's input to a cache beside it as well, whose tokens see only what it stores.
@@ -50,11 +50,11 @@ class ComparingCache final : public CacheDecorator {
   }
   at::Tensor attend(int layer, const kv::AttendInput& in) override {
     const at::Tensor own = inner_.attend(layer, in);
-    const at::Tensor exact = fused_ ? own.to(at::kDouble) : exact_attention(in);
-    const at::Tensor error = stored_.attend(layer, in).to(at::kDouble) - exact;
+    const at::Tensor exact = fused_ ? own.to(at::kCPU, at::kDouble) : exact_attention(in);
+    const at::Tensor error = stored_.attend(layer, in).to(at::kCPU, at::kDouble) - exact;
     error_energy_[static_cast<size_t>(layer)] += error.square().sum().item<double>();
     energy_[static_cast<size_t>(layer)] += exact.square().sum().item<double>();
-    return fused_ ? own : exact.to(own.scalar_type());
+    return fused_ ? own : exact.to(own.options());
   }
   void end_step() override {
     inner_.end_step();
@@ -76,7 +76,7 @@ class ComparingCache final : public CacheDecorator {
   at::Tensor exact_attention(const kv::AttendInput& in) const {
     const Turned turned = turn(model(), in);
     const auto [out, lse] =
-        ops::chunk_attention(turned.q, turned.k, in.v.to(at::kFloat), model().softmax_scale, model().sliding_window);
+        ops::chunk_attention(turned.q, turned.k, in.v.to(at::kCPU, at::kFloat), model().softmax_scale, model().sliding_window);
     return ops::unstack_query_heads(out, in.q.size(0)).to(at::kDouble);  // [T, n_heads, head_dim]
   }
 
@@ -115,7 +115,7 @@ at::Tensor model_keys(const Session& session, int layer, std::span<const int64_t
   const auto cache = reference_cache(session);
   at::Tensor keys;
   observe(*session.model, *cache, tokens, stop, [&](int at_layer, const kv::AttendInput& in) {
-    if (at_layer == layer) keys = in.k.to(at::kFloat).flatten(1).clone();
+    if (at_layer == layer) keys = in.k.to(at::kCPU, at::kFloat).flatten(1).clone();
   });
   return keys;
 }
@@ -124,7 +124,9 @@ at::Tensor coded_keys(const KvBinding& binding, int layer, std::span<const int64
   const auto cache = binding.make_cache();
   at::Tensor keys;
   observe(*binding.model, *cache, tokens, stop, [&](int at_layer, const kv::AttendInput& in) {
-    if (at_layer == layer) keys = cache->keys_to_code(layer, in);
+    if (at_layer != layer) return;
+    keys = cache->keys_to_code(layer, in);
+    if (keys.defined()) keys = keys.cpu();
   });
   return keys;
 }

@@ -61,11 +61,8 @@ at::Tensor run_window(const KvBinding& binding, std::span<const int64_t> window,
 // Scores one block of rows against targets and, unless it is the reference itself, against the reference.
 void score_block(const at::Tensor& log_probs, const at::Tensor& reference, std::span<const int64_t> targets, Gathered& gathered) {
   const at::Tensor tops = log_probs.argmax(-1);
-  const int64_t vocab_size = log_probs.size(1);
-  const float* rows = log_probs.const_data_ptr<float>();
-  for (size_t i = 0; i < targets.size(); ++i) {
-    gathered.nll.add(-static_cast<double>(rows[static_cast<int64_t>(i) * vocab_size + targets[i]]));
-  }
+  const at::Tensor own = target_log_probs(log_probs, targets);
+  for (size_t i = 0; i < targets.size(); ++i) gathered.nll.add(-static_cast<double>(own.const_data_ptr<float>()[i]));
   if (log_probs.is_same(reference)) {
     for (size_t i = 0; i < targets.size(); ++i) {
       gathered.kl.add(0.0);
@@ -73,8 +70,8 @@ void score_block(const at::Tensor& log_probs, const at::Tensor& reference, std::
     }
     return;
   }
-  const at::Tensor kl = (reference.exp() * (reference - log_probs)).sum(-1, false, at::kDouble).contiguous();
-  const at::Tensor same = reference.argmax(-1).eq(tops).contiguous();
+  const at::Tensor kl = (reference.exp() * (reference - log_probs)).sum(-1, false, at::kDouble).cpu().contiguous();
+  const at::Tensor same = reference.argmax(-1).eq(tops).cpu().contiguous();
   for (int64_t i = 0; i < kl.size(0); ++i) {
     gathered.kl.add(kl.const_data_ptr<double>()[i]);
     gathered.same_top.add(same.const_data_ptr<bool>()[i] ? 1.0 : 0.0);

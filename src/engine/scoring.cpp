@@ -37,6 +37,16 @@ at::Tensor block_log_probs(const model::CausalLm& model, const at::Tensor& hidde
   return at::log_softmax(model.logits(hidden.narrow(0, begin, n)), -1).contiguous();
 }
 
+at::Tensor target_log_probs(const at::Tensor& log_probs, std::span<const int64_t> targets) {
+  const int64_t vocab_size = log_probs.size(1);
+  const at::Tensor ids = at::empty({static_cast<int64_t>(targets.size()), 1}, at::kLong);
+  for (size_t i = 0; i < targets.size(); ++i) {
+    ROTUNDA_CHECK(targets[i] >= 0 && targets[i] < vocab_size, "scoring: token ", targets[i], ", the vocabulary has ", vocab_size);
+    ids.mutable_data_ptr<int64_t>()[i] = targets[i];
+  }
+  return log_probs.gather(1, ids.to(log_probs.device())).squeeze(1).cpu();
+}
+
 std::vector<TokenScore> score_targets(const model::CausalLm& model, const at::Tensor& hidden, std::span<const int64_t> targets) {
   const int64_t n_rows = hidden.size(0);
   ROTUNDA_ASSERT(n_rows == static_cast<int64_t>(targets.size()));
@@ -46,12 +56,12 @@ std::vector<TokenScore> score_targets(const model::CausalLm& model, const at::Te
   for (int64_t begin = 0; begin < n_rows; begin += logit_block_rows(vocab_size)) {
     const int64_t n = std::min(logit_block_rows(vocab_size), n_rows - begin);
     const at::Tensor log_probs = block_log_probs(model, hidden, begin, n);
+    const at::Tensor own = target_log_probs(log_probs, targets.subspan(static_cast<size_t>(begin), static_cast<size_t>(n)));
+    const at::Tensor tops = log_probs.argmax(-1).cpu();
     for (int64_t i = 0; i < n; ++i) {
-      const float* row = log_probs.const_data_ptr<float>() + i * vocab_size;
-      const int64_t target = targets[static_cast<size_t>(begin + i)];
-      ROTUNDA_CHECK(target >= 0 && target < vocab_size, "scoring: token ", target, ", the vocabulary has ", vocab_size);
-      ROTUNDA_CHECK(!std::isnan(row[target]), "scoring: the model's logits are not finite (row ", begin + i, ")");
-      scores.push_back({.log_prob = row[target], .is_top = std::max_element(row, row + vocab_size) - row == target});
+      const float log_prob = own.const_data_ptr<float>()[i];
+      ROTUNDA_CHECK(!std::isnan(log_prob), "scoring: the model's logits are not finite (row ", begin + i, ")");
+      scores.push_back({.log_prob = log_prob, .is_top = tops.const_data_ptr<int64_t>()[i] == targets[static_cast<size_t>(begin + i)]});
     }
   }
   return scores;

@@ -33,6 +33,10 @@ int64_t logit_block_rows(int64_t vocab_size);
 /// @param hidden [N, hidden_size]   @return [n, vocab_size] fp32
 at::Tensor block_log_probs(const model::CausalLm& model, const at::Tensor& hidden, int64_t begin, int64_t n);
 
+/// Of every row the log-probability of its target, [n] fp32 on the host.
+/// @param log_probs [n, vocab_size], n = targets.size()   @throws Error{kUser} for a target outside the vocabulary
+at::Tensor target_log_probs(const at::Tensor& log_probs, std::span<const int64_t> targets);
+
 struct TokenScore {
   double log_prob = 0.0;  ///< of the target, natural logarithm
   bool is_top = false;    ///< the target is the likeliest token (the lowest id of equals)

@@ -376,7 +376,7 @@ class CacheCuda final : public PagedCache {
     const Chunk& chunk = *prefill.chunk;
     const at::ScalarType dtype = model().dtype;
     const auto whole = [&](const at::Tensor& old, const at::Tensor& own) {  // [first + n_tokens, n_kv_heads, head_dim]
-      const at::Tensor now = own.view({chunk.n_tokens, model().n_kv_heads, model().head_dim}).to(dtype);
+      const at::Tensor now = codec_->within_chunk(own.view({chunk.n_tokens, model().n_kv_heads, model().head_dim})).to(dtype);
       return old.defined() ? at::cat({old.transpose(0, 1), now}) : now;
     };
     at::Tensor old_k, old_v;
@@ -483,7 +483,8 @@ class CacheCuda final : public PagedCache {
       writer.at(first_token)[i] =
           model().sliding_window == 0 ? 0 : static_cast<int32_t>(std::max<int64_t>(0, chunk.kv_len - model().sliding_window));
       writer.at(choose)[i] = chooses;
-      writer.at(units)[i + 1] = writer.at(units)[i] + kernels::paged_decode_units(chunk.stored_len, codec_->unit_tokens(), exact_blocks);
+      writer.at(units)[i + 1] = writer.at(units)[i] + kernels::paged_decode_units(chunk.stored_len, codec_->unit_tokens(), exact_blocks,
+                                                                                           writer.at(first_token)[i]);
       decode_.changes_sinks = decode_.changes_sinks || chooses || chunk.first < exact_.n_first;
       for (size_t page = 0; page < chunk.sequence->pages.size(); ++page)
         writer.at(table)[i * table_stride_ + static_cast<int64_t>(page)] = page_number(chunk.sequence->pages[page]);

@@ -24,7 +24,7 @@ struct KvModel {
   at::ScalarType dtype = at::kFloat;  ///< of queries, keys, values and the result: kFloat or kBFloat16
   ops::Rope rope;
   at::Device device = at::kCPU;     ///< where queries, keys, values, pages and the result lie
-  int64_t device_budget_bytes = 0;  ///< of a GPU's memory, for pages; 0: as much as there is
+  int64_t device_budget_bytes = 0;  ///< of a GPU's memory, for all that lies there; 0: as much as there is
   std::vector<int> layer_ids = {};  ///< [n_layers] numbers in the whole model, where this is some layers of it; empty: all of it
 
   int kv_channels() const { return n_kv_heads * head_dim; }

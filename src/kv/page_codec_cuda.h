@@ -39,6 +39,9 @@ class PageCodecCuda {
   /// @param k [T, n_kv_heads, head_dim]   @return the same shape
   virtual at::Tensor before_rope(const at::Tensor& k) const { return k; }
 
+  /// Keys or values of a chunk as its own tokens see them: exact, or rounded as pages round them where that is all that pages do.
+  virtual at::Tensor within_chunk(const at::Tensor& x) const { return x; }
+
   /// Rows for store() out of keys after RoPE, of one layer or of several.
   /// @param first_layer of the N layers   @param turned [N, T, n_kv_heads, head_dim] fp32, contiguous, attention factor in; may be overwritten
   /// @param cos, sin [T, head_dim / 2] fp32, what the keys were turned by, attention factor in

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "base/check.h"
+#include "ops/device.h"
 
 namespace rotunda::kv {
 
@@ -47,10 +48,7 @@ class MappedMemory final : public PageMemoryCuda {
     check(cudaGetDevice(&device), "cudaGetDevice");
     // The driver's functions want the context that the runtime makes at its first use.
     check(cudaFree(nullptr), "initialization");
-    size_t free_bytes = 0;
-    size_t total_bytes = 0;
-    check(cudaMemGetInfo(&free_bytes, &total_bytes), "cudaMemGetInfo");
-    const auto total = static_cast<int64_t>(total_bytes);
+    const int64_t total = ops::total_bytes(at::kCUDA);
     budget_ = budget_bytes > 0 ? std::min(budget_bytes, total) : total;
     properties_.type = CU_MEM_ALLOCATION_TYPE_PINNED;
     properties_.location = {CU_MEM_LOCATION_TYPE_DEVICE, {device}};
@@ -75,11 +73,8 @@ class MappedMemory final : public PageMemoryCuda {
   const char* owner() const override { return "GPU"; }
 
   int64_t available_bytes() const override {
-    size_t free_bytes = 0;
-    size_t total_bytes = 0;
-    check(cudaMemGetInfo(&free_bytes, &total_bytes), "cudaMemGetInfo");
-    const int64_t unused = static_cast<int64_t>(mapped_) - used_;
-    return std::min(budget_ - used_, static_cast<int64_t>(free_bytes) + unused + idle_bytes());
+    // What is mapped and not given out yet counts as taken there.
+    return ops::available_bytes(at::kCUDA, budget_) + static_cast<int64_t>(mapped_) - used_;
   }
 
   std::byte* grow(int64_t bytes) override {
@@ -123,14 +118,6 @@ class MappedMemory final : public PageMemoryCuda {
  private:
   static void check_driver(CUresult result, const char* what) {
     ROTUNDA_CHECK_WORLD(result == CUDA_SUCCESS, "CUDA driver: ", what, " failed with error ", static_cast<int>(result));
-  }
-
-  // What LibTorch's allocator has taken from the GPU and does not use.
-  static int64_t idle_bytes() {
-    const auto device = static_cast<c10::DeviceIndex>(c10::cuda::current_device());
-    const auto stats = c10::cuda::CUDACachingAllocator::getDeviceStats(device);
-    constexpr auto kAll = static_cast<size_t>(c10::CachingAllocator::StatType::AGGREGATE);
-    return stats.reserved_bytes[kAll].current - stats.active_bytes[kAll].current;
   }
 
   Driver driver_;

@@ -14,7 +14,7 @@ class PageMemoryCuda : public PageMemory {
   virtual std::byte* base() const = 0;
 };
 
-/// @param budget_bytes never more than this; 0: as much as the GPU has
+/// @param budget_bytes never more than this, all else on the GPU counted; 0: as much as it has
 /// @throws Error{kWorld} where the driver refuses
 std::unique_ptr<PageMemoryCuda> cuda_page_memory(int64_t budget_bytes);
 

@@ -34,7 +34,7 @@ class CausalLm {
   virtual const CausalLmInfo& info() const = 0;
 
   /// Runs the tokens of the step that `cache` has open (KvCache::begin_step; the caller ends or aborts it).
-  /// @param tokens [T] int64, the chunks of the step one after the other
+  /// @param tokens [T] int64, the chunks of the step one after the other; on the host, or, trusted unseen, where the model is
   /// @return [T, hidden_size] after the final norm
   virtual at::Tensor forward(const at::Tensor& tokens, kv::KvCache& cache) const = 0;
   /// @param hidden [N, hidden_size]   @return [N, vocab_size] fp32
@@ -52,7 +52,9 @@ class CausalLm {
 };
 
 struct CausalLmOptions {
-  at::ScalarType dtype = at::kFloat;  ///< arithmetic and weights: kFloat or kBFloat16
+  at::ScalarType dtype = at::kFloat;  ///< arithmetic and weights: kFloat, kBFloat16 or, on a GPU, kHalf
+  at::Device device = at::kCPU;
+  int64_t device_budget_bytes = 0;  ///< as KvModel has it
   std::function<void(int64_t done_bytes, int64_t total_bytes)>
       progress;  ///< called from the loading thread; may be empty
 };

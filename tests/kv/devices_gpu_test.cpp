@@ -27,7 +27,8 @@ class Devices : public ::testing::TestWithParam<std::string> {
     ASSERT_FALSE(kv_registry().get(spec).unsupported_reason(spec, gpu_));
   }
 
-  // The same numbers up to the order of sums, but where a code falls the other way for it: a few of many.
+  // The same numbers up to the order of sums, but where a code falls the other way for it, and to what decode kernels round queries and
+  // weights to: the CPU's dot products take bytes.
   static void expect_near(const at::Tensor& a, const at::Tensor& b, double most) { EXPECT_LT(nmse(a, b), most) << GetParam(); }
 
   KvModel cpu_ = small_model();
@@ -45,7 +46,7 @@ TEST_P(Devices, AttendAlike) {
     cpu_outs.push_back(on_cpu.step({{a, &text_, t, t + 1}}));
     gpu_outs.push_back(on_gpu.step({{b, &text_, t, t + 1}}));
   }
-  expect_near(at::cat(gpu_outs, 1), at::cat(cpu_outs, 1), 1e-4);
+  expect_near(at::cat(gpu_outs, 1), at::cat(cpu_outs, 1), 5e-4);
 }
 
 TEST_P(Devices, ReadWhatTheOtherHasSaved) {
@@ -56,11 +57,14 @@ TEST_P(Devices, ReadWhatTheOtherHasSaved) {
   const ops::TensorBundle cpu_bundle = on_cpu.cache().export_sequence(a), gpu_bundle = on_gpu.cache().export_sequence(b);
   const SeqId from_gpu = on_cpu.cache().import_sequence(gpu_bundle), from_cpu = on_gpu.cache().import_sequence(cpu_bundle);
   // What was read is written again bit for bit.
-  EXPECT_TRUE(on_gpu.cache().export_sequence(from_cpu).tensors.at("pages").equal(cpu_bundle.tensors.at("pages")));
+  const ops::TensorBundle again = on_gpu.cache().export_sequence(from_cpu);
+  for (const auto& [name, tensor] : cpu_bundle.tensors) {
+    if (name.ends_with("pages")) EXPECT_TRUE(again.tensors.at(name).equal(tensor)) << name;
+  }
   for (int64_t t = 250; t < 350; ++t) {
     const at::Tensor expected = on_cpu.step({{a, &text_, t, t + 1}});
-    expect_near(on_gpu.step({{from_cpu, &text_, t, t + 1}}), expected, 1e-4);
-    expect_near(on_cpu.step({{from_gpu, &text_, t, t + 1}}), on_gpu.step({{b, &text_, t, t + 1}}), 1e-4);
+    expect_near(on_gpu.step({{from_cpu, &text_, t, t + 1}}), expected, 5e-4);
+    expect_near(on_cpu.step({{from_gpu, &text_, t, t + 1}}), on_gpu.step({{b, &text_, t, t + 1}}), 5e-4);
   }
 }
 
@@ -70,9 +74,13 @@ TEST_P(Devices, PackTheSameBytesButForTies) {
   const SeqId a = on_cpu.cache().create(), b = on_gpu.cache().create();
   on_cpu.step({{a, &text_, 0, 384}});
   on_gpu.step({{b, &text_, 0, 384}});
-  const at::Tensor x = on_cpu.cache().export_sequence(a).tensors.at("pages"), y = on_gpu.cache().export_sequence(b).tensors.at("pages");
-  ASSERT_EQ(x.sizes(), y.sizes());
-  EXPECT_LT(x.ne(y).to(at::kDouble).mean().item<double>(), 0.01);
+  const ops::TensorBundle cpu_bundle = on_cpu.cache().export_sequence(a), gpu_bundle = on_gpu.cache().export_sequence(b);
+  for (const auto& [name, x] : cpu_bundle.tensors) {
+    if (!name.ends_with("pages")) continue;
+    const at::Tensor y = gpu_bundle.tensors.at(name);
+    ASSERT_EQ(x.sizes(), y.sizes());
+    EXPECT_LT(x.ne(y).to(at::kDouble).mean().item<double>(), 0.01) << name;
+  }
 }
 
 std::vector<std::string> specs() {

@@ -6,18 +6,24 @@
 #include "app/cli/table.h"
 #include "base/check.h"
 #include "engine/jsonl.h"
+#include "ops/device.h"
 
 namespace rotunda::cli {
 
 void ModelArguments::add_to(CLI::App& command) {
   command.add_option("MODEL", model_dir, "Hugging Face model folder")->required();
-  command.add_option("--dtype", dtype, "Arithmetic and weights: fp32 or bf16")->capture_default_str();
+  command.add_option("--dtype", dtype, "Arithmetic and weights: fp32, bf16 or, on a GPU, fp16; 16 bits are what a GPU is fast in")->capture_default_str();
+  command.add_option("--device", device, "Where to compute: cpu, cuda or cuda:N")->capture_default_str();
+  command.add_option("--memory", memory, "Share of the GPU's memory for weights, caches and all else, for example 0.9; 0: all of it")
+      ->check(CLI::Range(0.0, 1.0))
+      ->capture_default_str();
   command.add_option("--threads", threads, "Threads to compute with; 0: one per core")->capture_default_str();
 }
 
 at::ScalarType ModelArguments::scalar_type() const {
   if (dtype == "fp32") return at::kFloat;
-  ROTUNDA_CHECK(dtype == "bf16", "--dtype: got '", dtype, "', expected fp32 or bf16");
+  if (dtype == "fp16") return at::kHalf;
+  ROTUNDA_CHECK(dtype == "bf16", "--dtype: got '", dtype, "', expected fp32, bf16 or fp16");
   return at::kBFloat16;
 }
 
@@ -25,6 +31,10 @@ engine::Session ModelArguments::load(const std::vector<kv::KvSpec>& specs, Progr
   engine::SessionOptions options;
   options.model_dir = model_dir;
   options.dtype = scalar_type();
+  options.device = ops::open_device("--device", device);
+  ROTUNDA_CHECK(options.dtype != at::kHalf || options.device.is_cuda(), "--dtype fp16: needs --device cuda");
+  ROTUNDA_CHECK(memory == 0.0 || options.device.is_cuda(), "--memory: is the share of a GPU's memory, --device is ", device);
+  options.memory_share = memory;
   options.threads = threads;
   options.specs = specs;
   options.progress = progress.callback();

@@ -16,6 +16,8 @@ namespace rotunda::cli {
 struct ModelArguments {
   std::string model_dir;
   std::string dtype = "fp32";
+  std::string device = "cpu";
+  double memory = 0.0;
   int threads = 0;
 
   void add_to(CLI::App& command);

@@ -14,6 +14,10 @@ namespace {
 
 cudaStream_t stream() { return at::cuda::getCurrentCUDAStream(); }
 
+at::ScalarType scalar_type(kernels::ElementType type) {
+  return type == kernels::ElementType::kFp32 ? at::kFloat : type == kernels::ElementType::kFp16 ? at::kHalf : at::kBFloat16;
+}
+
 kernels::ElementType element_type(at::ScalarType type) {
   return type == at::kFloat ? kernels::ElementType::kFp32 : type == at::kHalf ? kernels::ElementType::kFp16 : kernels::ElementType::kBf16;
 }
@@ -26,6 +30,8 @@ class PlainCodecCuda final : public PageCodecCuda {
   int64_t layer_bytes() const override { return layout_.page_bytes(); }
   int64_t codes_bytes_per_token() const override { return layout_.page_bytes() / layout_.page_tokens(); }
   int64_t scale_bytes_per_token() const override { return 0; }
+
+  at::Tensor within_chunk(const at::Tensor& x) const override { return x.to(scalar_type(layout_.type)); }
 
   at::Tensor packable(int, const at::Tensor& turned, const at::Tensor&, const at::Tensor&, const at::Tensor&) const override {
     return turned.flatten(2);

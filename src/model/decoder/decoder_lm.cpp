@@ -59,8 +59,8 @@ class DecoderLm final : public CausalLm {
 
   at::Tensor forward(const at::Tensor& tokens, kv::KvCache& cache) const override {
     const c10::NoGradGuard no_grad;
-    check_tokens(tokens);
-    at::Tensor x = at::embedding(weights_.embedding, tokens);  // [T, hidden_size]
+    if (tokens.is_cpu()) check_tokens(tokens);
+    at::Tensor x = at::embedding(weights_.embedding, tokens.to(info_.kv.device));  // [T, hidden_size]
     for (int layer = 0; layer < config_.n_layers; ++layer) {
       const DecoderLayer& w = weights_.layers[static_cast<size_t>(layer)];
       x = attention(layer, w, x, cache);
@@ -151,6 +151,7 @@ kv::ProjectionWeights DecoderLm::original_projections(int layer) const {
 // fuses nothing costs no memory.
 void DecoderLm::replace_projections(const kv::ProjectionWeights& fused, DecoderLayer& layer) const {
   const at::ScalarType dtype = info_.kv.dtype;
+  const at::Device device = info_.kv.device;
   const std::array<const at::Tensor*, 3> weights = {&fused.q_weight, &fused.k_weight, &fused.v_weight};
   const std::array<const at::Tensor*, 3> biases = {&fused.q_bias, &fused.k_bias, &fused.v_bias};
   std::vector<at::Tensor> new_weights, new_biases;
@@ -160,8 +161,8 @@ void DecoderLm::replace_projections(const kv::ProjectionWeights& fused, DecoderL
     const at::Tensor old_bias = layer.qkv.bias(i);
     ROTUNDA_ASSERT(weights[i]->sizes() == old_weight.sizes() && biases[i]->defined() == old_bias.defined(),
                    "fused shape ", weights[i]->sizes());
-    at::Tensor weight = weights[i]->to(dtype);
-    at::Tensor bias = old_bias.defined() ? biases[i]->to(dtype) : old_bias;
+    at::Tensor weight = weights[i]->to(device, dtype);
+    at::Tensor bias = old_bias.defined() ? biases[i]->to(device, dtype) : old_bias;
     const bool same = at::equal(weight, old_weight) && (!bias.defined() || at::equal(bias, old_bias));
     n_changed += !same;
     new_weights.push_back(same ? old_weight : weight);
@@ -177,7 +178,7 @@ void DecoderLm::replace_projections(const kv::ProjectionWeights& fused, DecoderL
   }
   ROTUNDA_ASSERT(fused.o_weight.sizes() == layer.o_weight.sizes(), "fused shape ", fused.o_weight.sizes());
   const auto replace = [&](const at::Tensor& with, at::Tensor& tensor) {
-    const at::Tensor cast = with.to(dtype);
+    const at::Tensor cast = with.to(device, dtype);
     if (!at::equal(cast, tensor)) tensor = cast;
   };
   replace(fused.o_weight, layer.o_weight);
@@ -265,6 +266,33 @@ class DecoderLoader {
   std::map<std::string, std::vector<int64_t>> sizes_;
 };
 
+// Tensor by tensor, so that converted weights are never on the host and on the device as a whole. What is mapped on the host one by one is
+// stacked on the way: there is a copy anyway, and one GEMM is better than three.
+void move_to(at::Device device, DecoderWeights& weights) {
+  const auto move = [&](at::Tensor& tensor) {
+    if (tensor.defined()) tensor = tensor.to(device);
+  };
+  const auto move_stack = [&](nn::LinearStack& stack) {
+    for (at::Tensor& weight : stack.weights) move(weight);
+    for (at::Tensor& bias : stack.biases) move(bias);
+    if (stack.stacked()) return;
+    stack.weights = {at::cat(stack.weights)};
+    stack.biases = {stack.biases[0].defined() ? at::cat(stack.biases) : at::Tensor()};
+  };
+  const bool tied = weights.head.is_same(weights.embedding);
+  move(weights.embedding);
+  for (DecoderLayer& layer : weights.layers) {
+    for (at::Tensor* tensor : {&layer.attention_norm, &layer.q_norm, &layer.k_norm, &layer.o_weight, &layer.o_bias, &layer.mlp_norm,
+                               &layer.mlp.down_weight, &layer.mlp.down_bias})
+      move(*tensor);
+    move_stack(layer.qkv);
+    move_stack(layer.mlp.gate_up);
+  }
+  move(weights.final_norm);
+  if (tied) weights.head = weights.embedding;
+  else move(weights.head);
+}
+
 }  // namespace
 
 CausalLmInfo decoder_info(const DecoderConfig& config, const DecoderNames& names, at::ScalarType dtype) {
@@ -289,6 +317,8 @@ std::shared_ptr<const CausalLm> load_decoder_lm(const ModelFolder& folder, const
                                                 const DecoderNames& names, const CausalLmOptions& options) {
   const c10::NoGradGuard no_grad;
   CausalLmInfo info = decoder_info(config, names, options.dtype);
+  info.kv.device = options.device;
+  info.kv.device_budget_bytes = options.device_budget_bytes;
   const auto checkpoint = std::make_shared<Checkpoint>(folder.dir);
   const std::vector<TensorShape> implied = implied_tensors(config, names);
   warn_of_extra_tensors(checkpoint->index, implied, config, names);
@@ -314,6 +344,7 @@ std::shared_ptr<const CausalLm> load_decoder_lm(const ModelFolder& folder, const
   weights.final_norm = loader.take(names.final_norm);
   weights.head = config.tied_embeddings ? weights.embedding : loader.take(names.head);
   weight_loader.run(options.progress);
+  if (options.device != at::kCPU) move_to(options.device, weights);
   return std::make_shared<DecoderLm>(config, names, std::move(info), checkpoint, std::move(weights));
 }
 
