@@ -17,7 +17,7 @@ namespace rotunda::kernels::testing {
 
 using rotunda::testing::AlignedBytes;
 
-/// A ragged batch with random queries, a block table in no order, and random 16-bit tokens beside the pages.
+/// A ragged batch with random queries, a block table and slots in no order, and random 16-bit tokens beside the pages.
 struct PagedCase {
   struct Shape {
     std::vector<int> lens;  ///< tokens in pages, of each sequence
@@ -25,7 +25,9 @@ struct PagedCase {
     int n_q = 4;
     int head_dim = 128;
     int exact_blocks = 1;
-    bool masked = false;  ///< some tokens are left out
+    bool masked = false;                 ///< some tokens are left out
+    bool slots = true;                   ///< in no order; else none are given
+    std::vector<int> first_tokens = {};  ///< sliding windows; none, or one of each sequence
   };
   static constexpr int kPageTokens = 128;
 
@@ -42,16 +44,24 @@ struct PagedCase {
     std::iota(block_table.begin(), block_table.end(), 0);
     std::shuffle(block_table.begin(), block_table.end(), random);
     stored_len.assign(shape.lens.begin(), shape.lens.end());
+    first_token.assign(shape.first_tokens.begin(), shape.first_tokens.end());
     units_before.assign(1, 0);
-    for (const int len : shape.lens) units_before.push_back(units_before.back() + paged_decode_units(len, unit_tokens, shape.exact_blocks));
-    page_masks.resize(static_cast<size_t>(n_pages) * kPageTokens / 16);
-    for (int seq = 0; seq < batch; ++seq) {
-      for (int t = 0; t < shape.lens[seq]; ++t)
-        if (!shape.masked || random() % 8 != 0) page_masks[(int64_t{seq} * table_stride * kPageTokens + t) / 16] |= uint16_t{1} << t % 16;
-    }
+    for (int seq = 0; seq < batch; ++seq)
+      units_before.push_back(units_before.back() +
+                             paged_decode_units(stored_len[seq], unit_tokens, shape.exact_blocks, first_of(seq)));
+    // More slots than sequences, as a cache has that holds others too.
+    const int n_slots = batch + 2;
+    slot.resize(n_slots);
+    std::iota(slot.begin(), slot.end(), 0);
+    if (shape.slots) std::shuffle(slot.begin(), slot.end(), random);
+    slot.resize(batch);
+    // Bits of tokens that are not stored mean nothing.
+    mask_stride = table_stride * kPageTokens / 16 + 3;
+    for (int64_t i = 0; i < n_slots * mask_stride; ++i)
+      page_masks.push_back(static_cast<uint16_t>(random() | random() | random()));
     exact_layout = {ElementType::kFp16, shape.n_kv_heads, shape.head_dim, shape.exact_blocks};
-    exact = AlignedBytes(static_cast<size_t>(batch * exact_layout.page_bytes()) + 64);
-    fill_halves(exact.get(), batch * exact_layout.page_bytes() / 2);
+    exact = AlignedBytes(static_cast<size_t>(n_slots * exact_layout.page_bytes()) + 64);
+    fill_halves(exact.get(), n_slots * exact_layout.page_bytes() / 2);
     for (int i = 0; i < batch * shape.exact_blocks; ++i) exact_masks.push_back(static_cast<uint16_t>(random()));
     const size_t n = static_cast<size_t>(batch) * shape.n_kv_heads * shape.n_q * shape.head_dim;
     std::normal_distribution<float> normal(0, 0.2F);
@@ -84,7 +94,10 @@ struct PagedCase {
             block_table.data(),
             table_stride,
             stored_len.data(),
+            first_token.empty() ? nullptr : first_token.data(),
+            shape.slots ? slot.data() : nullptr,
             shape.masked ? page_masks.data() : nullptr,
+            mask_stride,
             exact.get(),
             exact_layout.page_bytes(),
             shape.exact_blocks,
@@ -95,6 +108,8 @@ struct PagedCase {
             out.data()};
   }
 
+  int first_of(size_t seq) const { return first_token.empty() ? 0 : first_token[seq]; }
+
   /// Outputs by the scalar references. @param decode_pages (run, sequence, kv head, queries [n_q][head_dim], state)
   template <typename DecodePages>
   std::vector<float> expected(const DecodePages& decode_pages) const {
@@ -104,8 +119,13 @@ struct PagedCase {
       std::vector<const std::byte*> pages;
       for (int i = 0; i < (shape.lens[seq] + kPageTokens - 1) / kPageTokens; ++i)
         pages.push_back(pool.get() + block_table[seq * table_stride + i] * page_bytes);
-      const PageRun run{pages.data(), page_masks.data() + seq * table_stride * kPageTokens / 16, static_cast<int>(pages.size())};
-      const std::byte* const exact_page = exact.get() + static_cast<int64_t>(seq) * exact_layout.page_bytes();
+      std::vector<uint16_t> masks(pages.size() * kPageTokens / 16);
+      for (int t = first_of(seq); t < shape.lens[seq]; ++t) {
+        const unsigned kept = shape.masked ? page_masks[slot[seq] * mask_stride + t / 16] : 0xffffU;
+        masks[t / 16] |= static_cast<uint16_t>(kept & 1U << t % 16);
+      }
+      const PageRun run{pages.data(), masks.data(), static_cast<int>(pages.size())};
+      const std::byte* const exact_page = exact.get() + slot[seq] * exact_layout.page_bytes();
       const PageRun exact_run{&exact_page, exact_masks.data() + seq * shape.exact_blocks, shape.exact_blocks > 0 ? 1 : 0};
       for (int head = 0; head < shape.n_kv_heads; ++head) {
         std::vector<float> max(shape.n_q, -std::numeric_limits<float>::infinity());
@@ -137,8 +157,9 @@ struct PagedCase {
   std::mt19937 random;
   int table_stride = 1;
   AlignedBytes pool;
-  std::vector<int32_t> block_table, stored_len, units_before;
+  std::vector<int32_t> block_table, stored_len, first_token, slot, units_before;
   std::vector<uint16_t> page_masks, exact_masks;
+  int64_t mask_stride = 0;
   PlainPageLayout exact_layout;
   AlignedBytes exact;
   std::vector<float> q_pages, q_exact, out;

@@ -36,7 +36,13 @@ TEST_F(PlainDecodeGpuTest, Ragged) {
     }
   }
 }
-TEST_F(PlainDecodeGpuTest, FewUnits) { expect_reference(ElementType::kFp16, {.lens = {20, 0, 0}, .n_q = 3, .head_dim = 64}); }
+TEST_F(PlainDecodeGpuTest, SlidingWindows) {
+  for (const bool masked : {false, true}) {
+    expect_reference(ElementType::kBf16,
+                     {.lens = {2000, 77, 300, 20}, .masked = masked, .first_tokens = {1003, 0, 128, 35}});
+  }
+}
+TEST_F(PlainDecodeGpuTest, FewUnits) { expect_reference(ElementType::kFp16, {.lens = {20, 0, 0}, .n_q = 3, .head_dim = 64, .slots = false}); }
 TEST_F(PlainDecodeGpuTest, Refuses) {
   PagedDecodeGrid grid;
   EXPECT_EQ(plain_decode_grid({.n_q = 4, .head_dim = 80}, ElementType::kBf16, &grid), cudaErrorInvalidValue);

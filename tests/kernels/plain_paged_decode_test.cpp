@@ -36,9 +36,21 @@ TEST(PlainPagedDecodeTest, WideHead) {
   expect_reference<Kernel<__half, 256, 1, 2, 2>>(ElementType::kFp16,
                                                  {.lens = {100, 16}, .n_kv_heads = 1, .n_q = 1, .head_dim = 256, .exact_blocks = 0}, 2);
 }
+// Windows that begin in a page, between pages, and behind all that is in pages.
+TEST(PlainPagedDecodeTest, SlidingWindows) {
+  for (const bool masked : {false, true}) {
+    expect_reference<Kernel<__half, 64, 1, 2, 2>>(ElementType::kFp16,
+                                                  {.lens = {300, 77, 300, 20, 0},
+                                                   .n_q = 3,
+                                                   .head_dim = 64,
+                                                   .masked = masked,
+                                                   .first_tokens = {139, 0, 128, 35, 7}},
+                                                  3);
+  }
+}
 // More warps than units, and sequences that have nothing in pages.
 TEST(PlainPagedDecodeTest, FewUnits) {
-  expect_reference<Kernel<__half, 64, 1, 2, 2>>(ElementType::kFp16, {.lens = {20, 0, 0}, .n_q = 3, .head_dim = 64}, 9);
+  expect_reference<Kernel<__half, 64, 1, 2, 2>>(ElementType::kFp16, {.lens = {20, 0, 0}, .n_q = 3, .head_dim = 64, .slots = false}, 9);
 }
 
 }  // namespace

@@ -53,13 +53,16 @@ template <typename Launch>
 std::vector<float> run_on_gpu(PagedCase& test, const PagedDecodeGrid& grid, const Launch& launch) {
   PagedDecode p = test.params(grid);
   const OnGpu q_pages(test.q_pages), q_exact(test.q_exact), pool(test.pool.get(), test.pool.size()), block_table(test.block_table);
-  const OnGpu stored_len(test.stored_len), page_masks(test.page_masks), exact(test.exact.get(), test.exact.size());
+  const OnGpu stored_len(test.stored_len), first_token(test.first_token), slot(test.slot), page_masks(test.page_masks),
+      exact(test.exact.get(), test.exact.size());
   const OnGpu exact_masks(test.exact_masks), units_before(test.units_before), workspace(test.workspace.get(), test.workspace.size());
   p.q_pages = q_pages.as<float>();
   p.q_exact = q_exact.as<float>();
   p.pool = pool.as<std::byte>();
   p.block_table = block_table.as<int32_t>();
   p.stored_len = stored_len.as<int32_t>();
+  if (p.first_token != nullptr) p.first_token = first_token.as<int32_t>();
+  if (p.slot != nullptr) p.slot = slot.as<int32_t>();
   if (p.page_masks != nullptr) p.page_masks = page_masks.as<uint16_t>();
   p.exact = exact.as<std::byte>();
   p.exact_masks = exact_masks.as<uint16_t>();

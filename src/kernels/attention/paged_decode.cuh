@@ -57,7 +57,8 @@ struct UnitAt {
   int head;                ///< kv head
   int page;                ///< within the sequence; of no meaning for exact tokens
   int piece;               ///< unit within the page, or block of exact slots
-  int tokens;              ///< attended tokens are among the first so many of the unit
+  int first;               ///< attended tokens are among first .. tokens - 1 of the unit
+  int tokens;
   const uint16_t* masks;   ///< of the unit's blocks, or null
 };
 
@@ -94,15 +95,15 @@ class UnitCursor {
   __device__ UnitAt at() const {
     if (exact()) {
       const int block = unit_ - page_units();
-      return {p_.exact + seq_ * p_.exact_stride, head_, 0, block, 16, p_.exact_masks + int64_t{seq_} * p_.exact_blocks + block};
+      return {p_.exact + slot_ * p_.exact_stride, head_, 0, block, 0, 16, p_.exact_masks + int64_t{seq_} * p_.exact_blocks + block};
     }
-    constexpr int kPieces = kPageTokens / kUnitTokens;
+    const int piece = first_piece() + unit_;
     const uint16_t* masks = nullptr;
-    if (p_.page_masks != nullptr) {
-      masks = p_.page_masks + (int64_t{seq_} * p_.table_stride + unit_ / kPieces) * (kPageTokens / 16) +
-              unit_ % kPieces * (kUnitTokens / 16);
-    }
-    return {p_.pool + page_ * p_.page_bytes, head_, unit_ / kPieces, unit_ % kPieces, min(kUnitTokens, stored_ - unit_ * kUnitTokens), masks};
+    if (p_.page_masks != nullptr) masks = p_.page_masks + slot_ * p_.mask_stride + int64_t{piece} * (kUnitTokens / 16);
+    return {p_.pool + page_ * p_.page_bytes, head_,
+            piece / kPieces,                 piece % kPieces,
+            first_ - piece * kUnitTokens,    min(kUnitTokens, stored_ - piece * kUnitTokens),
+            masks};
   }
 
   __device__ void advance(int n = 1) {
@@ -121,15 +122,20 @@ class UnitCursor {
   }
 
  private:
+  static constexpr int kPieces = kPageTokens / kUnitTokens;
+
   __device__ void enter(int seq) {
     seq_ = seq;
     units_ = p_.units_before[seq + 1] - p_.units_before[seq];
     stored_ = p_.stored_len[seq];
+    first_ = p_.first_token == nullptr ? 0 : p_.first_token[seq];
+    slot_ = p_.slot == nullptr ? seq : p_.slot[seq];
   }
+  /// Of the sequence: the one that unit 0 is.
+  __device__ int first_piece() const { return first_ / kUnitTokens; }
   /// The page's number is asked for when the cursor moves and needed when it is next looked at: its latency is hidden.
   __device__ void fetch() {
-    constexpr int kPieces = kPageTokens / kUnitTokens;
-    if (units_ > 0 && !exact()) page_ = p_.block_table[int64_t{seq_} * p_.table_stride + unit_ / kPieces];
+    if (units_ > 0 && !exact()) page_ = p_.block_table[int64_t{seq_} * p_.table_stride + (first_piece() + unit_) / kPieces];
   }
 
   const PagedDecode& p_;
@@ -138,6 +144,8 @@ class UnitCursor {
   int unit_ = 0;
   int units_ = 0;
   int stored_ = 0;
+  int first_ = 0;
+  int64_t slot_ = 0;
   int64_t page_ = 0;
 };
 

@@ -42,16 +42,24 @@ struct PagedDecode {
   int64_t page_bytes = 0;                ///< a multiple of 16
   const int32_t* block_table = nullptr;  ///< [batch][table_stride] numbers of pages in the pool
   int table_stride = 0;
-  const int32_t* stored_len = nullptr;  ///< [batch] tokens in pages; a sequence has tokens there or exact_blocks is not 0
-  /// [batch][table_stride][page_tokens / 16]: bit t of an entry says that token t of that block is attended. Null: all that are stored.
-  const uint16_t* page_masks = nullptr;
+  /// Of a sequence's tokens in pages those from first_token up to stored_len - 1 are attended that page_masks does not leave out. A
+  /// sequence has tokens in pages or exact_blocks is not 0.
+  const int32_t* stored_len = nullptr;   ///< [batch] tokens in pages
+  const int32_t* first_token = nullptr;  ///< [batch] begin of a sliding window, at least 0; null: 0
 
-  /// Tokens in 16 bits (fp16), blocks of 16 slots as in PlainPageLayout with blocks_per_page = exact_blocks: of each sequence
-  /// exact_stride bytes from `exact` on. exact_blocks = 0: none.
+  /// Where a sequence keeps what is not in pages: [batch] numbers of slots. Null: sequence s has slot s.
+  const int32_t* slot = nullptr;
+  /// Of slot i from mask_stride i on [pages of the sequence][page_tokens / 16]: bit t of an entry says that token t of that block is
+  /// attended. Null: all are.
+  const uint16_t* page_masks = nullptr;
+  int64_t mask_stride = 0;  ///< in entries
+
+  /// Tokens in 16 bits (fp16), blocks of 16 as in PlainPageLayout with blocks_per_page = exact_blocks: of slot i from
+  /// exact + exact_stride i on. exact_blocks = 0: none.
   const std::byte* exact = nullptr;
-  int64_t exact_stride = 0;
+  int64_t exact_stride = 0;  ///< in bytes
   int exact_blocks = 0;
-  const uint16_t* exact_masks = nullptr;  ///< [batch][exact_blocks] as page_masks
+  const uint16_t* exact_masks = nullptr;  ///< [batch][exact_blocks], made anew for each step; bits as in page_masks
 
   /// [batch + 1] units of the sequences before this one, of one kv head: see paged_decode_units.
   const int32_t* units_before = nullptr;
@@ -62,9 +70,12 @@ struct PagedDecode {
   float* out = nullptr;            ///< [batch][n_kv_heads * n_q][head_dim]; values in the basis that they are stored in
 };
 
-/// Units of one kv head of a sequence: pages in pieces of `unit_tokens`, then blocks of 16 exact slots.
-inline constexpr int32_t paged_decode_units(int64_t stored_len, int unit_tokens, int exact_blocks) {
-  return static_cast<int32_t>((stored_len + unit_tokens - 1) / unit_tokens) + exact_blocks;
+/// Units of one kv head of a sequence: pages in pieces of `unit_tokens`, from the piece that holds first_token on, then blocks of 16 exact
+/// tokens. What lies before a sliding window is in no unit: it costs nothing.
+inline constexpr int32_t paged_decode_units(int64_t stored_len, int unit_tokens, int exact_blocks,
+                                            int64_t first_token = 0) {
+  const int64_t pieces = (stored_len + unit_tokens - 1) / unit_tokens - first_token / unit_tokens;
+  return static_cast<int32_t>(pieces > 0 ? pieces : 0) + exact_blocks;
 }
 
 /// How a kernel lies over a GPU.

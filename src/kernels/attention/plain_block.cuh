@@ -82,6 +82,7 @@ struct PlainBlock {
       for (int s = 0; s < kSets; ++s) ptx::mma(scores[s], a, query.b[s][k][0], query.b[s][k][1], T());
     }
     unsigned attended = at.tokens >= 16 ? 0xffffU : (1U << at.tokens) - 1;
+    if (at.first > 0) attended &= 0xffffU << at.first;
     if (at.masks != nullptr) attended &= *at.masks;
     uint32_t b[kSets][2];
     float keep[kSets];

@@ -307,13 +307,15 @@ struct HousePageCodec {
 
   /// Takes tokens out that are not attended.
   static __device__ __forceinline__ void mask(const UnitAt& at, float (&scores)[kSets][kTiles][4]) {
-    if (at.masks == nullptr && at.tokens >= kPageTokens) return;
+    if (at.masks == nullptr && at.tokens >= kPageTokens && at.first <= 0) return;
     const int g = static_cast<int>(threadIdx.x) % kWarp / 4;
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
       const int first = 32 * tile + 4 * g;
       const int there = at.tokens - first;
+      const int before = at.first - first;
       unsigned attended = there >= 4 ? 15U : there <= 0 ? 0U : (1U << there) - 1;
+      if (before > 0) attended &= before >= 4 ? 0U : 15U << before;
       if (at.masks != nullptr) attended &= static_cast<unsigned>(at.masks[first / 16]) >> first % 16;
 #pragma unroll
       for (int r = 0; r < 4; ++r) {

@@ -49,6 +49,11 @@ TEST_F(HouseDecodeGpuTest, Shifted) {
   expect_reference(2, 2, {.lens = {5000, 300}}, true);
   expect_reference(4, 4, {.lens = {300}, .n_q = 6, .head_dim = 64, .masked = true}, true);
 }
+TEST_F(HouseDecodeGpuTest, SlidingWindows) {
+  for (const bool masked : {false, true}) {
+    expect_reference(2, 2, {.lens = {5000, 77, 300, 20}, .masked = masked, .first_tokens = {2189, 0, 256, 35}});
+  }
+}
 TEST_F(HouseDecodeGpuTest, LongAndShort) {
   expect_reference(2, 2, {.lens = {20000, 3, 128}, .n_kv_heads = 2, .exact_blocks = 6});
   expect_reference(2, 2, {.lens = {1, 257, 2, 640}, .n_kv_heads = 3, .n_q = 1, .exact_blocks = 0});

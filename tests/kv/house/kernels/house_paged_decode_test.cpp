@@ -32,6 +32,12 @@ void expect_reference(PagedCase::Shape shape, int blocks, bool shifted = false) 
 
 TEST(HousePagedDecodeTest, TwoBits) { expect_reference<2, 2, 128, 1, 4, 2>({.lens = {300, 1000, 128, 5}, .exact_blocks = 2}, 3); }
 TEST(HousePagedDecodeTest, Masked) { expect_reference<2, 2, 128, 1, 2, 3>({.lens = {300, 700}, .exact_blocks = 6, .masked = true}, 2); }
+TEST(HousePagedDecodeTest, SlidingWindows) {
+  for (const bool masked : {false, true}) {
+    expect_reference<2, 2, 128, 1, 2, 2>(
+        {.lens = {600, 77, 300, 20, 0}, .masked = masked, .first_tokens = {143, 0, 256, 35, 7}}, 3);
+  }
+}
 TEST(HousePagedDecodeTest, OneHeadNothingExact) {
   expect_reference<2, 2, 128, 1, 2, 2>({.lens = {1, 257, 2, 640}, .n_kv_heads = 3, .n_q = 1, .exact_blocks = 0}, 3);
 }
