@@ -28,6 +28,7 @@ struct alignas(8) float2 {
 struct alignas(16) float4 {
   float x, y, z, w;
 };
+inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
@@ -44,6 +45,7 @@ inline __half __float2half_rn(float x) { return {rotunda::to_half(x).bits}; }
 inline float __half2float(__half x) { return rotunda::to_float(rotunda::Half{x.bits}); }
 inline float2 __half22float2(__half2 x) { return {__half2float(x.x), __half2float(x.y)}; }
 inline uint16_t __half_as_ushort(__half x) { return x.bits; }
+inline __half __ushort_as_half(unsigned short x) { return {x}; }
 inline __nv_bfloat16 __float2bfloat16_rn(float x) { return {rotunda::to_bfloat16(x).bits}; }
 inline float __bfloat162float(__nv_bfloat16 x) { return rotunda::to_float(rotunda::BFloat16{x.bits}); }
 inline uint16_t __bfloat16_as_ushort(__nv_bfloat16 x) { return x.bits; }
@@ -69,6 +71,7 @@ inline float __fsqrt_rn(float x) { return std::sqrt(x); }
 inline uint32_t __float_as_uint(float x) { return std::bit_cast<uint32_t>(x); }
 inline int __float2int_rn(float x) { return static_cast<int>(std::nearbyint(x)); }
 inline int __ffs(int x) { return x == 0 ? 0 : std::countr_zero(static_cast<unsigned>(x)) + 1; }
+inline int __popc(unsigned x) { return std::popcount(x); }
 inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t selector) {
   const uint64_t bytes = a | uint64_t{b} << 32;
   uint32_t result = 0;

@@ -9,7 +9,7 @@
 ///   kUnitTokens                 tokens of a unit
 ///   kStageBytes                 shared memory of one unit
 ///   Query                       what registers hold of the query of a (sequence, kv head)
-///   load_query(p, seq, head)    -> Query
+///   load_query(p, seq, head)    -> Query; with kScratchBytes, shared memory of a warp that outlives units: (p, seq, head, scratch)
 ///   copy(p, stage, at)          starts the copies of one unit
 ///   attend(p, stage, at, query, state)   takes one unit into the state; the stage is the codec's to scribble on
 ///   write_out(state, to)        the state's outputs as [heads][head_dim]
@@ -62,6 +62,11 @@ struct UnitAt {
   const uint16_t* masks;   ///< of the unit's blocks, or null
 };
 
+/// Units of the sequences before this one, of one kv head.
+__device__ __forceinline__ int64_t units_before(const PagedDecode& p, int seq) {
+  return p.units_before[seq] + int64_t{seq} * p.exact_blocks * (p.exact_pieces - 1);
+}
+
 /// A place in the flat list of units; walks forward.
 template <int kUnitTokens, int kPageTokens>
 class UnitCursor {
@@ -72,11 +77,11 @@ class UnitCursor {
     int high = p.batch - 1;
     while (low < high) {
       const int middle = (low + high + 1) / 2;
-      if (int64_t{p.units_before[middle]} * p.n_kv_heads <= unit) low = middle;
+      if (units_before(p, middle) * p.n_kv_heads <= unit) low = middle;
       else high = middle - 1;
     }
     enter(low);
-    const int64_t within = unit - int64_t{p.units_before[low]} * p.n_kv_heads;
+    const int64_t within = unit - units_before(p, low) * p.n_kv_heads;
     head_ = static_cast<int>(within / units_);
     unit_ = static_cast<int>(within % units_);
     fetch();
@@ -87,15 +92,16 @@ class UnitCursor {
   __device__ int unit() const { return unit_; }
   __device__ bool exact() const { return unit_ >= page_units(); }
   /// Units of this (sequence, kv head) in pages.
-  __device__ int page_units() const { return units_ - p_.exact_blocks; }
+  __device__ int page_units() const { return units_ - p_.exact_blocks * p_.exact_pieces; }
   __device__ int units() const { return units_; }
   /// Units up to the next change of sequence, head or kind.
   __device__ int left_of_kind() const { return (exact() ? units_ : page_units()) - unit_; }
 
   __device__ UnitAt at() const {
     if (exact()) {
-      const int block = unit_ - page_units();
-      return {p_.exact + slot_ * p_.exact_stride, head_, 0, block, 0, 16, p_.exact_masks + int64_t{seq_} * p_.exact_blocks + block};
+      const int piece = unit_ - page_units();
+      const uint16_t* const masks = p_.exact_masks + int64_t{seq_} * p_.exact_blocks + piece % p_.exact_blocks;
+      return {p_.exact + slot_ * p_.exact_stride, head_, 0, piece, 0, 16, masks};
     }
     const int piece = first_piece() + unit_;
     const uint16_t* masks = nullptr;
@@ -113,7 +119,7 @@ class UnitCursor {
       if (++head_ == p_.n_kv_heads) {
         head_ = 0;
         int next = seq_ + 1;
-        while (next < p_.batch && p_.units_before[next + 1] == p_.units_before[next]) ++next;
+        while (next < p_.batch && units_before(p_, next + 1) == units_before(p_, next)) ++next;
         if (next < p_.batch) enter(next);
         else units_ = 0;
       }
@@ -126,7 +132,7 @@ class UnitCursor {
 
   __device__ void enter(int seq) {
     seq_ = seq;
-    units_ = p_.units_before[seq + 1] - p_.units_before[seq];
+    units_ = static_cast<int>(units_before(p_, seq + 1) - units_before(p_, seq));
     stored_ = p_.stored_len[seq];
     first_ = p_.first_token == nullptr ? 0 : p_.first_token[seq];
     slot_ = p_.slot == nullptr ? seq : p_.slot[seq];
@@ -183,10 +189,10 @@ struct PartSlots {
 
   __device__ PartSlots(const PagedDecode& p, int seq, int head, int64_t units, int warps) {
     const int segment = 2 * (seq * p.n_kv_heads + head);
-    const int of_seq = p.units_before[seq + 1] - p.units_before[seq];
-    const int64_t begin = int64_t{p.units_before[seq]} * p.n_kv_heads + int64_t{head} * of_seq;
+    const int64_t of_seq = units_before(p, seq + 1) - units_before(p, seq);
+    const int64_t begin = units_before(p, seq) * p.n_kv_heads + head * of_seq;
     const int64_t end = begin + of_seq;
-    const int64_t middle = end - p.exact_blocks;
+    const int64_t middle = end - p.exact_blocks * p.exact_pieces;
     if (middle > begin) {
       page_first = share_owner(units, begin, warps) + segment;
       page_count = share_owner(units, middle - 1, warps) + segment - page_first + 1;
@@ -269,7 +275,12 @@ class PagedDecodeKernel {
   static constexpr int kStageBytes = Pages::kStageBytes > Exact::kStageBytes ? Pages::kStageBytes : Exact::kStageBytes;
   /// A warp's part as it lies in shared memory in the end: softmax, then outputs.
   static constexpr int kPartBytes = kHeads * (8 + kHeadDim * 4);
-  static constexpr int kWarpBytes = kStages * kStageBytes > kPartBytes ? kStages * kStageBytes : kPartBytes;
+  static constexpr int kScratchBytes = [] {
+    if constexpr (requires { Pages::kScratchBytes; }) return Pages::kScratchBytes;
+    else return 0;
+  }();
+  static constexpr int kUsedBytes = kStages * kStageBytes + kScratchBytes;
+  static constexpr int kWarpBytes = kUsedBytes > kPartBytes ? kUsedBytes : kPartBytes;
   static_assert(kStageBytes % 128 == 0 && kStages >= 2);
 
   using Cursor = UnitCursor<Pages::kUnitTokens, kPageTokens>;
@@ -283,7 +294,7 @@ class PagedDecodeKernel {
   /// @param shared kSharedBytes, 128-byte aligned
   static __device__ void run(const PagedDecode& p, std::byte* shared) {
     const int warp_in_block = static_cast<int>(threadIdx.x) / kWarp;
-    const int64_t units = int64_t{p.units_before[p.batch]} * p.n_kv_heads;
+    const int64_t units = units_before(p, p.batch) * p.n_kv_heads;
     // Every worker has a unit at least, and few units are spread over many blocks.
     const int blocks = static_cast<int>(gridDim.x);
     const int per_block = static_cast<int>(min((units + blocks - 1) / blocks, int64_t{kWarps}));
@@ -360,8 +371,14 @@ class PagedDecodeKernel {
     }
 
     template <typename Codec>
+    __device__ __forceinline__ typename Codec::Query load_query() const {
+      if constexpr (requires { Codec::kScratchBytes; }) return Codec::load_query(p, here.seq(), here.head(), stages + kStages * kStageBytes);
+      else return Codec::load_query(p, here.seq(), here.head());
+    }
+
+    template <typename Codec>
     __device__ __forceinline__ void attend(int n, State& state) {
-      const typename Codec::Query query = Codec::load_query(p, here.seq(), here.head());
+      typename Codec::Query query = load_query<Codec>();
       for (int i = 0; i < n; ++i) {
         ptx::wait_copies<kStages - 2>();
         __syncwarp();  // everyone's copies are there, and everyone is done with the stage that is filled next

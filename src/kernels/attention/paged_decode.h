@@ -5,6 +5,7 @@
 
 struct float2;
 struct uint2;
+struct uint4;
 
 namespace rotunda::kernels {
 
@@ -19,6 +20,15 @@ struct PagedShift {
   /// [head_dim / 2][page_tokens] cos(j w_i) and sin(j w_i) in fp16, then what fp16 leaves over of them in fp16
   const uint2* token_table = nullptr;
   const float2* page_table = nullptr;  ///< [pages of the longest sequence][head_dim / 2] cos and sin at the page's first position
+};
+
+/// What decode attention over keys that are packed before RoPE and rotated over groups of heads wants. Device memory.
+struct PagedRotate {
+  int n_quant_groups = 0;  ///< of all keys of a layer
+  bool minimum = false;    ///< zero points are fp16 minima, else int8 codes
+  const uint16_t* key_offsets = nullptr;  ///< [channels of all kv heads] where the scales of a channel's quantization group lie
+  const uint4* token_table = nullptr;     ///< RoPE of the places within a page, as the codec wants it
+  const float2* page_table = nullptr;     ///< [pages of the longest sequence][head_dim / 2] cos and sin at the page's first position
 };
 
 /// Decode attention on a GPU: one new token of each of `batch` sequences over all tokens that its sequence has in pages, and over
@@ -68,6 +78,10 @@ struct PagedDecode {
 
   std::byte* workspace = nullptr;  ///< paged_decode_workspace_bytes; zeroed once when it is allocated
   float* out = nullptr;            ///< [batch][n_kv_heads * n_q][head_dim]; values in the basis that they are stored in
+
+  PagedRotate rotate = {};  ///< for codecs that know of it
+  /// Units that a block of exact tokens makes, for codecs whose kv head stands for several: one after the other. units_before counts one.
+  int exact_pieces = 1;
 };
 
 /// Units of one kv head of a sequence: pages in pieces of `unit_tokens`, from the piece that holds first_token on, then blocks of 16 exact
@@ -87,7 +101,7 @@ struct PagedDecodeGrid {
 
 /// Bytes of PagedDecode::workspace: counters, then the parts' maxima and sums, then their outputs.
 inline int64_t paged_decode_workspace_bytes(const PagedDecodeGrid& grid, int batch, int n_kv_heads, int n_q, int head_dim) {
-  const int64_t heads = n_q <= 4 ? 4 : 8;
+  const int64_t heads = n_q <= 4 ? 4 : n_q <= 8 ? 8 : 16;
   const int64_t parts = grid.warps() + 2 * int64_t{batch} * n_kv_heads;
   const int64_t counters = (int64_t{batch} * n_kv_heads * 4 + 255) / 256 * 256;
   return counters + parts * heads * (8 + int64_t{head_dim} * 4);

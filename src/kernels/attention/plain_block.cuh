@@ -10,7 +10,8 @@ namespace rotunda::kernels {
 /// (channels) are rows and the few query heads are the eight columns. A head has two columns: what T holds of the query (the
 /// probability) and what that leaves over, so that only keys and values are of 16 bits.
 /// @tparam kOfPage pages of kPageTokens; otherwise the exact tokens beside packed pages
-template <typename T, int kHeadDim, int kSets, bool kOfPage, int kPageTokens>
+/// @tparam kHeads kv heads that one of PagedDecode's stands for; the unit's head is one of them all the same
+template <typename T, int kHeadDim, int kSets, bool kOfPage, int kPageTokens, int kHeads = 1>
 struct PlainBlock {
   static constexpr int kUnitTokens = 16;
   static constexpr int kHalfBytes = 16 * kHeadDim * 2;  // of keys, of values
@@ -28,12 +29,13 @@ struct PlainBlock {
     const int g = lane / 4;
     const int t = lane % 4;
     Query query;
-    const float* const base = (kOfPage ? p.q_pages : p.q_exact) + (int64_t{seq} * p.n_kv_heads + head) * p.n_q * kHeadDim;
+    const int n_q = p.n_q / kHeads;
+    const float* const base = (kOfPage ? p.q_pages : p.q_exact) + (int64_t{seq} * p.n_kv_heads * kHeads + head) * n_q * kHeadDim;
 #pragma unroll
     for (int s = 0; s < kSets; ++s) {
       const int h = 4 * s + g / 2;
-      const float scale = h < p.n_q ? kLog2e : 0.0F;
-      const float* const q = base + (h < p.n_q ? h : 0) * kHeadDim;
+      const float scale = h < n_q ? kLog2e : 0.0F;
+      const float* const q = base + (h < n_q ? h : 0) * kHeadDim;
 #pragma unroll
       for (int k = 0; k < kSteps; ++k) {
 #pragma unroll
@@ -54,7 +56,7 @@ struct PlainBlock {
     const int lane = static_cast<int>(threadIdx.x) % kWarp;
     const int blocks = kOfPage ? kPageTokens / 16 : p.exact_blocks;
     const std::byte* const keys = at.bytes + (int64_t{at.head} * blocks + at.piece) * kHalfBytes;
-    const std::byte* const values = keys + int64_t{p.n_kv_heads} * blocks * kHalfBytes;
+    const std::byte* const values = keys + int64_t{p.n_kv_heads} * kHeads * blocks * kHalfBytes;
 #pragma unroll
     for (int i = 0; i < kHalfBytes / 16 / kWarp; ++i) {
       const int piece = i * kWarp + lane;

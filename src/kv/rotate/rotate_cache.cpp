@@ -43,22 +43,9 @@ class RotateCache final : public WindowedCache {
   }
 
   std::map<std::string, std::string> saved_settings() const override {
-    const RotatePageLayout& layout = layers_.front().layout;
     auto settings = WindowedCache::saved_settings();
-    settings["rotunda.bits"] = std::to_string(layout.bits);
-    settings["rotunda.zero"] = layout.zero == ZeroPoint::kCode ? "code" : "minimum";
-    settings["rotunda.group_size"] = std::to_string(layout.group_size);
-    settings["rotunda.heads_per_group"] = std::to_string(layout.heads_per_group);
-    settings["rotunda.key_groups_hash"] = std::to_string(key_groups_hash());
+    settings.merge(rotate_settings(layers_.front().layout, key_groups_));
     return settings;
-  }
-
-  // FNV-1a over the channel-to-group tables: codes mean nothing under other tables.
-  uint64_t key_groups_hash() const {
-    uint64_t hash = 14695981039346656037ULL;
-    for (const auto& table : key_groups_)
-      for (const uint16_t group : table) hash = (hash ^ group) * 1099511628211ULL;
-    return hash;
   }
 
   // ---- keys --------------------------------------------------------------------------------------------------------

@@ -17,6 +17,14 @@ int reorder_scope(Reorder reorder, const KvModel& model) {
   return reorder == Reorder::kGroup ? heads_per_group(model) * model.head_dim : model.kv_channels();
 }
 
+// FNV-1a over the channel-to-group tables: codes mean nothing under other tables.
+uint64_t hash_of(const std::vector<std::vector<uint16_t>>& key_groups) {
+  uint64_t hash = 14695981039346656037ULL;
+  for (const auto& table : key_groups)
+    for (const uint16_t group : table) hash = (hash ^ group) * 1099511628211ULL;
+  return hash;
+}
+
 }  // namespace
 
 RotateOptions RotateOptions::from_spec(const KvSpec& spec, int bits) {
@@ -78,6 +86,14 @@ RotatePageLayout rotate_layout(const RotateOptions& options, const KvModel& mode
   layout.group_size = group;
   layout.blocks_per_page = kBlocksPerPage;
   return layout;
+}
+
+std::map<std::string, std::string> rotate_settings(const RotatePageLayout& layout, const std::vector<std::vector<uint16_t>>& key_groups) {
+  return {{"rotunda.bits", std::to_string(layout.bits)},
+          {"rotunda.zero", layout.zero == ZeroPoint::kCode ? "code" : "minimum"},
+          {"rotunda.group_size", std::to_string(layout.group_size)},
+          {"rotunda.heads_per_group", std::to_string(layout.heads_per_group)},
+          {"rotunda.key_groups_hash", std::to_string(hash_of(key_groups))}};
 }
 
 }  // namespace rotunda::kv::rotate

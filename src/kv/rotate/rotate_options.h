@@ -1,5 +1,7 @@
 #pragma once
 
+#include <map>
+#include <string>
 #include <vector>
 
 #include "kv/kv_format.h"
@@ -35,5 +37,9 @@ int heads_per_group(const KvModel& model);
 
 /// The page of one layer. @throws Error{kUser} where the group size does not divide the channels that it must.
 RotatePageLayout rotate_layout(const RotateOptions& options, const KvModel& model);
+
+/// What a saved sequence must share with the cache that reads it, apart from the model and the exact tokens.
+/// @param key_groups [n_layers][kv_channels]
+std::map<std::string, std::string> rotate_settings(const RotatePageLayout& layout, const std::vector<std::vector<uint16_t>>& key_groups);
 
 }  // namespace rotunda::kv::rotate

@@ -42,29 +42,29 @@ struct RotatePageLayout {
   int group_size = 128;     ///< channels per quantization group; divides kv_channels(), a multiple of 16
   int blocks_per_page = 8;
 
-  int kv_channels() const { return n_kv_heads * head_dim; }
-  int group_channels() const { return heads_per_group * head_dim; }
-  int n_rotation_groups() const { return n_kv_heads / heads_per_group; }
-  int n_quant_groups() const { return kv_channels() / group_size; }  ///< of keys, and of values
-  int64_t page_tokens() const { return int64_t{blocks_per_page} * kTokenBlock; }
-  int key_words() const {
+  constexpr int kv_channels() const { return n_kv_heads * head_dim; }
+  constexpr int group_channels() const { return heads_per_group * head_dim; }
+  constexpr int n_rotation_groups() const { return n_kv_heads / heads_per_group; }
+  constexpr int n_quant_groups() const { return kv_channels() / group_size; }  ///< of keys, and of values
+  constexpr int64_t page_tokens() const { return int64_t{blocks_per_page} * kTokenBlock; }
+  constexpr int key_words() const {
     const int c = group_channels();
     return bits == 3 ? c / 16 + (c + 31) / 32 : c * bits / 32;
   }
-  int value_row_bytes() const { return head_dim * bits / 8; }
-  int zero_bytes() const { return zero == ZeroPoint::kCode ? 1 : 2; }
+  constexpr int value_row_bytes() const { return head_dim * bits / 8; }
+  constexpr int zero_bytes() const { return zero == ZeroPoint::kCode ? 1 : 2; }
 
-  int64_t key_codes_bytes() const { return int64_t{n_rotation_groups()} * blocks_per_page * key_words() * kTokenBlock * 4; }
-  int64_t scale_bytes() const { return page_tokens() * n_quant_groups() * 2; }           ///< of keys, and of values
-  int64_t zeros_bytes() const { return page_tokens() * n_quant_groups() * zero_bytes(); }  ///< of keys, and of values
-  int64_t value_codes_bytes() const { return page_tokens() * n_kv_heads * value_row_bytes(); }
+  constexpr int64_t key_codes_bytes() const { return int64_t{n_rotation_groups()} * blocks_per_page * key_words() * kTokenBlock * 4; }
+  constexpr int64_t scale_bytes() const { return page_tokens() * n_quant_groups() * 2; }           ///< of keys, and of values
+  constexpr int64_t zeros_bytes() const { return page_tokens() * n_quant_groups() * zero_bytes(); }  ///< of keys, and of values
+  constexpr int64_t value_codes_bytes() const { return page_tokens() * n_kv_heads * value_row_bytes(); }
 
-  int64_t key_scale_offset() const { return key_codes_bytes(); }
-  int64_t key_zero_offset() const { return key_scale_offset() + scale_bytes(); }
-  int64_t value_codes_offset() const { return key_zero_offset() + zeros_bytes(); }
-  int64_t value_scale_offset() const { return value_codes_offset() + value_codes_bytes(); }
-  int64_t value_zero_offset() const { return value_scale_offset() + scale_bytes(); }
-  int64_t page_bytes() const { return value_zero_offset() + zeros_bytes(); }
+  constexpr int64_t key_scale_offset() const { return key_codes_bytes(); }
+  constexpr int64_t key_zero_offset() const { return key_scale_offset() + scale_bytes(); }
+  constexpr int64_t value_codes_offset() const { return key_zero_offset() + zeros_bytes(); }
+  constexpr int64_t value_scale_offset() const { return value_codes_offset() + value_codes_bytes(); }
+  constexpr int64_t value_zero_offset() const { return value_scale_offset() + scale_bytes(); }
+  constexpr int64_t page_bytes() const { return value_zero_offset() + zeros_bytes(); }
 };
 
 }  // namespace rotunda::kv::rotate

@@ -59,6 +59,32 @@ void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, T type
   });
 }
 
+inline void mma_half(uint32_t (&d)[2], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  float sums[4] = {};
+  mma(sums, a, b0, b1, __half());
+  for (int i = 0; i < 2; ++i) d[i] = to_half(sums[2 * i]).bits | uint32_t{to_half(sums[2 * i + 1]).bits} << 16;
+}
+
+namespace emulated {
+/// f on the halves of up to three registers; in double, so that a product and a sum are rounded once.
+template <typename F>
+uint32_t on_halves(uint32_t x, uint32_t y, uint32_t z, const F& f) {
+  uint32_t d = 0;
+  for (int i = 0; i < 2; ++i) {
+    const auto half = [i](uint32_t both) { return double{rotunda::to_float(Half{static_cast<uint16_t>(both >> 16 * i)})}; };
+    d |= uint32_t{to_half(static_cast<float>(f(half(x), half(y), half(z)))).bits} << 16 * i;
+  }
+  return d;
+}
+}  // namespace emulated
+
+inline uint32_t add_halves(uint32_t x, uint32_t y) { return emulated::on_halves(x, y, 0, [](double a, double b, double) { return a + b; }); }
+inline uint32_t sub_halves(uint32_t x, uint32_t y) { return emulated::on_halves(x, y, 0, [](double a, double b, double) { return a - b; }); }
+inline uint32_t mul_halves(uint32_t x, uint32_t y) { return emulated::on_halves(x, y, 0, [](double a, double b, double) { return a * b; }); }
+inline uint32_t fma_halves(uint32_t x, uint32_t y, uint32_t z) {
+  return emulated::on_halves(x, y, z, [](double a, double b, double c) { return a * b + c; });
+}
+
 inline void load_matrices_transposed(uint32_t (&r)[4], const void* row) {
   const auto& words = emulated::block().exchange({reinterpret_cast<uintptr_t>(row)});
   const unsigned lane = emulated::block().lane();

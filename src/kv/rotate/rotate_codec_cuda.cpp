@@ -1,0 +1,163 @@
+#include "kv/rotate/rotate_codec_cuda.h"
+
+#include <ATen/ATen.h>
+#include <ATen/cuda/CUDAContext.h>
+
+#include <algorithm>
+#include <numeric>
+
+#include "base/check.h"
+#include "kv/head_rotation.h"
+#include "kv/paged_cache.h"
+#include "kv/rotate/kernels/rotate_load_cuda.h"
+#include "kv/rotate/kernels/rotate_store_cuda.h"
+#include "ops/rope.h"
+
+namespace rotunda::kv::rotate {
+
+namespace {
+
+void check_launch(const char* kernel, cudaError_t error) {
+  ROTUNDA_ASSERT(error == cudaSuccess, kernel, ": ", cudaGetErrorString(error));
+}
+
+// [n_layers, kv_channels] int16, bits of uint16, on the GPU.
+at::Tensor to_gpu(const std::vector<std::vector<uint16_t>>& tables) {
+  const at::Tensor all = at::empty({static_cast<int64_t>(tables.size()), static_cast<int64_t>(tables.front().size())}, at::kShort);
+  for (size_t i = 0; i < tables.size(); ++i)
+    std::copy(tables[i].begin(), tables[i].end(), reinterpret_cast<uint16_t*>(all[static_cast<int64_t>(i)].mutable_data_ptr<int16_t>()));
+  return all.to(at::kCUDA);
+}
+
+// The channels of group 0, those of group 1, and so on.
+std::vector<uint16_t> order_of(const std::vector<uint16_t>& group_of) {
+  std::vector<uint16_t> order(group_of.size());
+  std::iota(order.begin(), order.end(), uint16_t{0});
+  std::stable_sort(order.begin(), order.end(), [&](uint16_t a, uint16_t b) { return group_of[a] < group_of[b]; });
+  return order;
+}
+
+kernels::ElementType element_type(at::ScalarType dtype) {
+  switch (dtype) {
+    case at::kFloat: return kernels::ElementType::kFp32;
+    case at::kBFloat16: return kernels::ElementType::kBf16;
+    case at::kHalf: return kernels::ElementType::kFp16;
+    default: ROTUNDA_ASSERT(false, "rotate: load into ", c10::toString(dtype), ", expected fp32, bf16 or fp16");
+  }
+  return kernels::ElementType::kFp32;
+}
+
+class RotateCodecCuda final : public PageCodecCuda {
+ public:
+  RotateCodecCuda(const KvModel& model, const RotateOptions& options, const std::vector<std::vector<uint16_t>>& key_groups)
+      : model_(model),
+        layout_(rotate_layout(options, model)),
+        clip_(options.clip),
+        settings_(rotate_settings(layout_, key_groups)),
+        key_group_(to_gpu(key_groups)),
+        key_matrix_(hadamard_matrix(layout_.group_channels(), at::kFloat).to(at::kCUDA)) {
+    std::vector<std::vector<uint16_t>> orders;
+    for (const auto& table : key_groups) orders.push_back(order_of(table));
+    key_order_ = to_gpu(orders);
+  }
+
+  int64_t layer_bytes() const override { return layout_.page_bytes(); }
+  int64_t codes_bytes_per_token() const override {
+    return (layout_.key_codes_bytes() + layout_.value_codes_bytes()) / layout_.page_tokens();
+  }
+  int64_t scale_bytes_per_token() const override { return 2 * (layout_.scale_bytes() + layout_.zeros_bytes()) / layout_.page_tokens(); }
+  std::map<std::string, std::string> saved_settings() const override { return settings_; }
+
+  // Fused projections give rotated keys; where a norm stands between projection and RoPE nothing is fused.
+  at::Tensor before_rope(const at::Tensor& k) const override {
+    return model_.key_norm ? k : transformed(k.to(at::kFloat), /*inverse=*/true).view(k.sizes());
+  }
+
+  at::Tensor packable(int, const at::Tensor& turned, const at::Tensor& cos, const at::Tensor& sin) const override {
+    // k = a R k0 with the attention factor a, which cos and sin carry too, so k0 = (a R)^T k / a^2.
+    const double factor = model_.rope.attention_factor();
+    const at::Tensor c = cos.unsqueeze(1) / (factor * factor);  // [T, 1, head_dim / 2]
+    const at::Tensor s = sin.unsqueeze(1) / (factor * factor);
+    const int64_t half = model_.head_dim / 2;
+    const at::Tensor first = turned.narrow(3, 0, half);
+    const at::Tensor second = turned.narrow(3, half, half);
+    const at::Tensor plain = at::cat({first * c + second * s, second * c - first * s}, 3);
+    return transformed(plain, /*inverse=*/false).view({turned.size(0), turned.size(1), layout_.kv_channels()});
+  }
+
+  void store(int first_layer, const at::Tensor& key, const at::Tensor& value, const at::Tensor& pairs, const PagesCuda& pages,
+             const at::Tensor& refused) const override {
+    RotateStoreBatch p;
+    p.layout = layout_;
+    p.n_layers = static_cast<int>(key.size(0));
+    p.key_group = key_group(first_layer);
+    p.key_order = reinterpret_cast<const uint16_t*>(key_order_.const_data_ptr<int16_t>()) + int64_t{first_layer} * layout_.kv_channels();
+    p.key_clip = clip_;
+    p.value_clip = clip_;
+    p.key = key.const_data_ptr<float>();
+    p.value = value.const_data_ptr<float>();
+    p.row_stride = layout_.kv_channels();
+    p.layer_stride = key.size(1) * p.row_stride;
+    p.pool = pages.pool + first_layer * layer_bytes();
+    p.page_stride = pages.page_stride;
+    p.layer_page_stride = layer_bytes();
+    p.pairs = reinterpret_cast<const StorePair*>(pairs.const_data_ptr<int32_t>());
+    p.n_pairs = static_cast<int>(pairs.size(0));
+    p.refused = refused.mutable_data_ptr<int32_t>();
+    check_launch("rotate_store_cuda", rotate_store_cuda(p, at::cuda::getCurrentCUDAStream()));
+  }
+
+  std::pair<at::Tensor, at::Tensor> load(int layer, const PagesCuda& pages, const at::Tensor& table, const at::Tensor& cos,
+                                         const at::Tensor& sin, at::ScalarType dtype) const override {
+    const int64_t n_tokens = table.size(0) * layout_.page_tokens();
+    const at::TensorOptions on_gpu = key_matrix_.options();
+    const at::Tensor rotated = at::empty({n_tokens, layout_.kv_channels()}, on_gpu);
+    const at::Tensor value = at::empty({model_.n_kv_heads, n_tokens, model_.head_dim}, on_gpu.dtype(dtype));
+    RotateLoadBatch p;
+    p.layout = layout_;
+    p.key_group = key_group(layer);
+    p.pool = pages.pool + layer * layer_bytes();
+    p.page_stride = pages.page_stride;
+    p.table = table.const_data_ptr<int32_t>();
+    p.n_pages = static_cast<int>(table.size(0));
+    p.key = rotated.mutable_data_ptr<float>();
+    p.value = value.mutable_data_ptr();
+    p.value_type = element_type(dtype);
+    check_launch("rotate_load_cuda", rotate_load_cuda(p, at::cuda::getCurrentCUDAStream()));
+    const at::Tensor plain = transformed(rotated, /*inverse=*/true).view({n_tokens, model_.n_kv_heads, model_.head_dim});
+    return {ops::apply_rope(plain, cos, sin).transpose(0, 1).to(dtype).contiguous(), value};
+  }
+
+  bool has_decode() const override { return false; }
+  int unit_tokens() const override { return kPageTokens; }
+  kernels::PagedDecodeGrid decode_grid(const kernels::PagedDecode&) const override { return {}; }
+  void decode(int, kernels::PagedDecode, const kernels::PagedDecodeGrid&) const override {
+    ROTUNDA_ASSERT(has_decode(), "rotate: decode without a kernel");
+  }
+
+ private:
+  const uint16_t* key_group(int layer) const {
+    return reinterpret_cast<const uint16_t*>(key_group_.const_data_ptr<int16_t>()) + int64_t{layer} * layout_.kv_channels();
+  }
+
+  // Rows of group_channels, times W_G or its transpose; fp32.
+  at::Tensor transformed(const at::Tensor& keys, bool inverse) const {
+    return at::matmul(keys.reshape({-1, layout_.group_channels()}), inverse ? key_matrix_.t() : key_matrix_);
+  }
+
+  KvModel model_;
+  RotatePageLayout layout_;
+  float clip_;
+  std::map<std::string, std::string> settings_;
+  at::Tensor key_group_, key_order_;  // [n_layers, kv_channels] int16, bits of uint16
+  at::Tensor key_matrix_;             // W_G
+};
+
+}  // namespace
+
+std::unique_ptr<PageCodecCuda> make_rotate_codec_cuda(const KvModel& model, const RotateOptions& options,
+                                                      const std::vector<std::vector<uint16_t>>& key_groups) {
+  return std::make_unique<RotateCodecCuda>(model, options, key_groups);
+}
+
+}  // namespace rotunda::kv::rotate
