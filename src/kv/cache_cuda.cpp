@@ -664,7 +664,7 @@ int64_t planned_cuda_bytes(const ExactOptions& exact, const KvModel& model, int6
   const auto blocks = [](int64_t slots) { return (slots + kTokenBlock - 1) / kTokenBlock; };
   const int64_t sinks = int64_t{exact.sinks} + exact.n_first;
   const int64_t exact_blocks = (exact.recent > 0 ? blocks(exact.recent + ExactPlacesCuda::kSpareSlots) : 0) + (sinks > 0 ? blocks(sinks + 1) : 0);
-  return model.n_layers * (pages * layer_bytes + exact_blocks * kTokenBlock * model.kv_channels() * 4);
+  return model.n_layers * (pages * PagePool(layer_bytes).page_bytes() + exact_blocks * kTokenBlock * model.kv_channels() * 4);
 }
 
 }  // namespace rotunda::kv

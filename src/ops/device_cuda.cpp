@@ -1,5 +1,6 @@
 #include "ops/device_cuda.h"
 
+#include <ATen/Context.h>
 #include <c10/cuda/CUDACachingAllocator.h>
 #include <c10/cuda/CUDAFunctions.h>
 #include <cuda_runtime_api.h>
@@ -31,6 +32,7 @@ void open_cuda_device(const std::string& where, int index) {
   ROTUNDA_CHECK_WORLD(error == cudaSuccess, where, ": ", cudaGetErrorString(error));
   ROTUNDA_CHECK_WORLD(properties.major >= 8, where, ": ", properties.name, " has compute capability ", properties.major, ".", properties.minor,
                       ", expected 8.0 or newer");
+  at::globalContext().lazyInitDevice(at::kCUDA);
   c10::cuda::set_device(static_cast<c10::DeviceIndex>(index));
   error = kernels::check_device_code();
   ROTUNDA_CHECK_WORLD(error == cudaSuccess, where, ": this build has no code for ", properties.name, " (compute capability ", properties.major, ".",
@@ -42,6 +44,7 @@ CudaMemory cuda_memory() {
   size_t total_bytes = 0;
   const cudaError_t error = cudaMemGetInfo(&free_bytes, &total_bytes);
   ROTUNDA_CHECK_WORLD(error == cudaSuccess, "CUDA: ", cudaGetErrorString(error));
+  at::globalContext().lazyInitDevice(at::kCUDA);  // without it the allocator knows of no device
   const auto stats = c10::cuda::CUDACachingAllocator::getDeviceStats(c10::cuda::current_device());
   constexpr auto kAll = static_cast<size_t>(c10::CachingAllocator::StatType::AGGREGATE);
   const int64_t idle = stats.reserved_bytes[kAll].current - stats.active_bytes[kAll].current;

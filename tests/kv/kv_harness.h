@@ -171,7 +171,8 @@ class FusedCache {
     const auto calibrator = format.make_calibrator(model);
     const Text text = random_text(model, 64, 4242);
     for (int layer = 0; layer < model.n_layers; ++layer)
-      calibrator->observe(layer, {text.q[layer], text.k[layer], text.v[layer], text.hidden[layer]});
+      calibrator->observe(layer, {text.q[layer].to(model.device), text.k[layer].to(model.device), text.v[layer].to(model.device),
+                                  text.hidden[layer].to(model.device)});
     return calibrator->finish();
   }
 

@@ -61,7 +61,7 @@ class RotateCodecCuda final : public PageCodecCuda {
     key_order_ = to_gpu(orders);
   }
 
-  int64_t layer_bytes() const override { return layout_.page_bytes(); }
+  int64_t layer_bytes() const override { return (layout_.page_bytes() + 63) / 64 * 64; }
   int64_t codes_bytes_per_token() const override {
     return (layout_.key_codes_bytes() + layout_.value_codes_bytes()) / layout_.page_tokens();
   }
@@ -73,7 +73,8 @@ class RotateCodecCuda final : public PageCodecCuda {
     return model_.key_norm ? k : transformed(k.to(at::kFloat), /*inverse=*/true).view(k.sizes());
   }
 
-  at::Tensor packable(int, const at::Tensor& turned, const at::Tensor& cos, const at::Tensor& sin) const override {
+  at::Tensor packable(int, const at::Tensor& turned, const at::Tensor& cos, const at::Tensor& sin,
+                      const at::Tensor&) const override {
     // k = a R k0 with the attention factor a, which cos and sin carry too, so k0 = (a R)^T k / a^2.
     const double factor = model_.rope.attention_factor();
     const at::Tensor c = cos.unsqueeze(1) / (factor * factor);  // [T, 1, head_dim / 2]
@@ -108,7 +109,7 @@ class RotateCodecCuda final : public PageCodecCuda {
   }
 
   std::pair<at::Tensor, at::Tensor> load(int layer, const PagesCuda& pages, const at::Tensor& table, const at::Tensor& cos,
-                                         const at::Tensor& sin, at::ScalarType dtype) const override {
+                                         const at::Tensor& sin, const at::Tensor&, at::ScalarType dtype) const override {
     const int64_t n_tokens = table.size(0) * layout_.page_tokens();
     const at::TensorOptions on_gpu = key_matrix_.options();
     const at::Tensor rotated = at::empty({n_tokens, layout_.kv_channels()}, on_gpu);
