@@ -21,8 +21,9 @@ struct KvModel {
   double softmax_scale = 0.0;
   int64_t sliding_window = 0;  ///< a token sees this many newest tokens, itself included; 0: all
   bool key_norm = false;       ///< a norm stands between the key projection and RoPE (Qwen3): keys cannot be fused
-  at::ScalarType dtype = at::kFloat;  ///< of queries, keys, values and the result: kFloat or kBFloat16
+  at::ScalarType dtype = at::kFloat;  ///< of queries, keys, values and the result: kFloat, kBFloat16 or kHalf
   ops::Rope rope;
+  at::Device device = at::kCPU;  ///< where the tensors of AttendInput, the result and the pages lie
   std::vector<int> layer_ids = {};  ///< [n_layers] numbers in the whole model, where this is some layers of it; empty: all of it
 
   int kv_channels() const { return n_kv_heads * head_dim; }
