@@ -24,6 +24,7 @@ struct KvModel {
   at::ScalarType dtype = at::kFloat;  ///< of queries, keys, values and the result: kFloat, kBFloat16 or kHalf
   ops::Rope rope;
   at::Device device = at::kCPU;  ///< where the tensors of AttendInput, the result and the pages lie
+  int64_t device_budget_bytes = 0;  ///< what weights and cache may take of a GPU's memory together; 0: all that it has
   std::vector<int> layer_ids = {};  ///< [n_layers] numbers in the whole model, where this is some layers of it; empty: all of it
 
   int kv_channels() const { return n_kv_heads * head_dim; }
@@ -122,6 +123,9 @@ class KvCache {
   /// @return [T, kv_channels] fp32; undefined where the cache does not tell
   virtual at::Tensor keys_to_code(int /*layer*/, const AttendInput& /*in*/) const { return {}; }
   virtual void end_step() = 0;
+  /// For recording a decode step (one token a sequence) as a CUDA graph: what attend() launches may be replayed for later steps with as
+  /// many chunks, for which begin_step() has brought its tables to the device, as long as this number stays. 0: nothing may be recorded.
+  virtual uint64_t graph_epoch() const { return 0; }
   virtual void abort_step() = 0;
 
   /// Of all sequences together; shared pages count once.
