@@ -46,7 +46,7 @@ class Rope {
   std::vector<double> inv_freq(int64_t seq_len) const;
 
   /// cos and sin, each [T, head_dim / 2] fp32 with the attention factor in, angles reckoned in fp64.
-  /// @param positions [T] int64
+  /// @param positions [T] int64, on any device; the result lies beside them
   std::pair<at::Tensor, at::Tensor> cos_sin(const at::Tensor& positions, int64_t seq_len) const;
 
  private:
