@@ -8,15 +8,16 @@ namespace rotunda::model {
 namespace {
 
 void check_dtype(at::ScalarType dtype) {
-  ROTUNDA_CHECK(dtype == at::kFloat || dtype == at::kBFloat16, "model dtype ", dtype, ", expected Float or BFloat16");
+  ROTUNDA_CHECK(dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf, "model dtype ", dtype,
+                ", expected Float, BFloat16 or Half");
 }
 
 }  // namespace
 
-CausalLmInfo read_causal_lm_info(const std::string& model_dir, at::ScalarType dtype) {
-  check_dtype(dtype);
+CausalLmInfo read_causal_lm_info(const std::string& model_dir, const CausalLmOptions& options) {
+  check_dtype(options.dtype);
   const ModelFolder folder = ModelFolder::open(model_dir);
-  return model_registry().get(folder.config).read_info(folder, dtype);
+  return model_registry().get(folder.config).read_info(folder, options);
 }
 
 std::shared_ptr<const CausalLm> load_causal_lm(const std::string& model_dir, const CausalLmOptions& options) {
