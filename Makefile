@@ -13,7 +13,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 JOBS ?= $(shell scripts/jobs.sh)
 FUZZ_SECONDS ?= 600
 
-.PHONY: help setup build test demo bench bench-peers fuzz fuzz-smoke format clean
+.PHONY: help setup setup-cuda build build-cuda test demo bench bench-peers fuzz fuzz-smoke format clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -23,6 +23,12 @@ setup:  ## install what is missing: Debian packages, .venv with LibTorch and CMa
 
 build: setup  ## the program, build/cpu-release/rotunda (what `make` alone does)
 	@scripts/build.sh cpu-release $(JOBS) rotunda
+
+setup-cuda: setup  ## also the libraries of LibTorch's CUDA half
+	@scripts/setup.sh --cuda
+
+build-cuda: setup-cuda  ## the program for GPUs, build/cuda-release/rotunda (needs the CUDA toolkit 13)
+	@scripts/build.sh cuda-release $(JOBS) rotunda
 
 test: setup  ## every test: optimized, under sanitizers, and a short fuzz run where clang is
 	@scripts/test.sh $(JOBS)

@@ -62,4 +62,9 @@ if(LibTorch_FOUND AND ROTUNDA_CUDA AND NOT TARGET torch::cuda)
     -Wl,--no-as-needed "${_torch_dir}/lib/libtorch_cuda.so" -Wl,--as-needed "${_torch_dir}/lib/libc10_cuda.so"
     -Wl,--allow-shlib-undefined)
 endif()
+# Where programs find the wheel's libraries at run time. The CUDA runtime is a wheel beside it, newer than many a toolkit's; what LibTorch's
+# own libraries need they find by themselves.
+get_filename_component(ROTUNDA_TORCH_RPATH "${LibTorch_CPU_LIBRARY}" DIRECTORY)
+get_filename_component(_torch_site_dir "${_torch_dir}" DIRECTORY)
+list(APPEND ROTUNDA_TORCH_RPATH "${_torch_site_dir}/nvidia/cu13/lib")
 mark_as_advanced(LibTorch_CPU_LIBRARY LibTorch_C10_LIBRARY LibTorch_GOMP_LIBRARY LibTorch_INCLUDE_DIR)

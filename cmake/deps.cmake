@@ -2,6 +2,7 @@
 # scripts/packages.txt (Debian); docs/dependencies.md gives the reason for each.
 
 find_package(LibTorch 2.11 REQUIRED)
+set(CMAKE_BUILD_RPATH "${ROTUNDA_TORCH_RPATH}")
 find_package(nlohmann_json 3.11 REQUIRED)
 find_package(spdlog 1.10 REQUIRED)
 find_package(CLI11 2.1 REQUIRED)

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Installs what is missing and nothing else: Debian packages (scripts/packages.txt; with --fuzz also packages-fuzz.txt)
-# and .venv with the wheels pinned in scripts/requirements.txt. Safe to run again: with all in place it takes well
-# under a second and changes nothing; what it finds broken it makes anew.
+# and .venv with the wheels pinned in scripts/requirements.txt (with --cuda also requirements-cuda.txt). Safe to run
+# again: with all in place it takes well under a second and changes nothing; what it finds broken it makes anew.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -9,10 +9,12 @@ say() { echo "setup: $*"; }
 fail() { echo "setup: $*" >&2; exit 1; }
 
 lists=(scripts/packages.txt)
+requirements=(scripts/requirements.txt)
 case "${1:-}" in
   "") ;;
   --fuzz) lists+=(scripts/packages-fuzz.txt) ;;
-  *) fail "unknown argument $1; expected nothing or --fuzz" ;;
+  --cuda) requirements+=(scripts/requirements-cuda.txt) ;;
+  *) fail "unknown argument $1; expected nothing, --fuzz or --cuda" ;;
 esac
 
 [[ $(uname -sm) == "Linux x86_64" ]] || fail "this is $(uname -sm); expected Linux x86_64"
@@ -58,13 +60,12 @@ fi
 
 # .venv ----------------------------------------------------------------------------------------------------------------
 
-requirements=scripts/requirements.txt
-# The first thing wrong with .venv, or nothing.
+# The first thing of a list of wheels that is wrong with .venv, or nothing.
 venv_problem() {
   if [[ ! -e .venv ]]; then
     echo "not there yet"
   else
-    .venv/bin/python -I scripts/check_venv.py "$requirements" || true
+    .venv/bin/python -I scripts/check_venv.py "$1" || true
   fi
 }
 
@@ -73,14 +74,17 @@ if [[ -e .venv || -L .venv ]] && ! .venv/bin/python -c '' > /dev/null 2>&1; then
   say ".venv: its python does not start, making it anew"
   rm -rf .venv
 fi
-problem=$(venv_problem)
-if [[ -n $problem ]]; then
-  say ".venv: $problem; installing LibTorch, CMake and Ninja (1.4 GB once unpacked)"
+for list in "${requirements[@]}"; do
+  problem=$(venv_problem "$list")
+  [[ -n $problem ]] || continue
+  what="LibTorch, CMake and Ninja (1.4 GB once unpacked)"
+  [[ $list != *-cuda.txt ]] || what="the libraries of LibTorch's CUDA half (several GB)"
+  say ".venv: $problem; installing $what"
   [[ -e .venv/bin/pip ]] || logged python3 -m venv .venv
   # A package of the right version with files missing counts as installed with pip: hence --force-reinstall.
   logged .venv/bin/python -m pip install --disable-pip-version-check --no-input --no-deps --require-hashes \
-    --only-binary=:all: --no-cache-dir --no-compile --force-reinstall -r "$requirements"
-  problem=$(venv_problem)
+    --only-binary=:all: --no-cache-dir --no-compile --force-reinstall -r "$list"
+  problem=$(venv_problem "$list")
   [[ -z $problem ]] || fail ".venv: pip succeeded, but $problem"
   say "ready"
-fi
+done

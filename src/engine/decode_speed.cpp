@@ -1,13 +1,14 @@
 #include "engine/decode_speed.h"
 
-#include <ATen/ATen.h>
-
 #include <algorithm>
 #include <chrono>
 #include <vector>
 
 #include "base/check.h"
 #include "engine/step.h"
+#ifdef ROTUNDA_CUDA
+#include "engine/step_graphs_cuda.h"
+#endif
 
 namespace rotunda::engine {
 
@@ -17,12 +18,24 @@ double decode_tok_s(const KvBinding& binding, std::span<const int64_t> prompt, s
   const auto cache = binding.make_cache();
   const kv::SeqId seq = cache->create();
   run_prefill(*binding.model, *cache, seq, prompt, prefill_chunk, stop);
+  const kv::SeqChunk chunk{.seq = seq, .n_tokens = 1, .is_prompt = false, .rope_len = 0};
+#ifdef ROTUNDA_CUDA
+  StepGraphs graphs(*binding.model, *cache, {});
+#endif
+  // As generation runs it.
+  const auto step = [&](size_t i) {
+#ifdef ROTUNDA_CUDA
+    if (binding.model->info().kv.device.is_cuda()) {
+      graphs.run({chunk}, {next[i]}, {}, stop);
+      return;
+    }
+#endif
+    binding.model->logits(run_step(*binding.model, *cache, {chunk}, next.subspan(i, 1), kv::StepKind::kGenerate, stop));
+  };
   std::vector<double> seconds;
   for (size_t i = 0; i < next.size(); ++i) {
     const auto start = std::chrono::steady_clock::now();
-    const kv::SeqChunk chunk{.seq = seq, .n_tokens = 1, .is_prompt = false, .rope_len = 0};
-    const at::Tensor hidden = run_step(*binding.model, *cache, {chunk}, next.subspan(i, 1), kv::StepKind::kGenerate, stop);
-    binding.model->logits(hidden).argmax(-1).item<int64_t>();  // read, or a GPU would still be at it
+    step(i);
     seconds.push_back(std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
   }
   const auto median = seconds.begin() + static_cast<std::ptrdiff_t>(seconds.size() / 2);

@@ -5,12 +5,17 @@
 #include <algorithm>
 #include <chrono>
 #include <limits>
+#include <memory>
 
 #include "base/check.h"
 #include "base/log.h"
+#include "engine/batch_sampling.h"
 #include "engine/saved_cache.h"
 #include "engine/step.h"
 #include "engine/stop_matcher.h"
+#ifdef ROTUNDA_CUDA
+#include "engine/step_graphs_cuda.h"
+#endif
 
 namespace rotunda::engine {
 
@@ -49,6 +54,9 @@ class Batch {
       result_.sequences[i].prompt_tokens = static_cast<int64_t>(one.feed.size());
       total_prompt_tokens_ += static_cast<int64_t>(one.feed.size());
     }
+#ifdef ROTUNDA_CUDA
+    if (model.info().kv.device.is_cuda()) graphs_ = std::make_unique<StepGraphs>(model, cache, options.sampling);
+#endif
   }
 
   GenerateResult run() {
@@ -121,9 +129,18 @@ class Batch {
       tokens.push_back(result_.sequences[i].tokens.back());
     }
     if (members.empty()) return 0;
-    const at::Tensor hidden = run_step(model_, cache_, chunks, tokens, kv::StepKind::kGenerate, options_.stop);
-    for (const size_t i : members) warn_beyond_context(running_[i]);
-    sample(members, hidden);
+#ifdef ROTUNDA_CUDA
+    if (graphs_) {
+      const std::vector<int64_t> ids = graphs_->run(chunks, tokens, draws(members), options_.stop);
+      for (const size_t i : members) warn_beyond_context(running_[i]);
+      accept_all(members, [&](size_t m) { return ids[m]; });
+    } else
+#endif
+    {
+      const at::Tensor hidden = run_step(model_, cache_, chunks, tokens, kv::StepKind::kGenerate, options_.stop);
+      for (const size_t i : members) warn_beyond_context(running_[i]);
+      sample(members, hidden);
+    }
     if (options_.progress && running_.size() > 1) {
       options_.progress("generating", result_.new_tokens, static_cast<int64_t>(running_.size()) * options_.max_new_tokens);
     }
@@ -132,18 +149,37 @@ class Batch {
 
   // @param hidden [members.size(), hidden_size]
   void sample(const std::vector<size_t>& members, const at::Tensor& hidden) {
-    at::Tensor logits;
-    if (options_.max_new_tokens > 0) logits = model_.logits(hidden).cpu().contiguous();  // [N, vocab_size] fp32
+    if (options_.max_new_tokens == 0) {
+      for (const size_t i : members) finish(i, FinishReason::kLength);
+      return release_finished();
+    }
+    const at::Tensor logits = model_.logits(hidden).contiguous();  // [N, vocab_size] fp32
+    if (logits.is_cuda()) {
+      const at::Tensor drawn = at::tensor(draws(members), at::kDouble).to(logits.device());
+      const std::vector<int64_t> ids = checked_ids(sample_rows(logits, options_.sampling, drawn));
+      return accept_all(members, [&](size_t m) { return ids[m]; });
+    }
+    const size_t vocab_size = static_cast<size_t>(logits.size(1));
+    accept_all(members, [&](size_t m) {
+      return running_[members[m]].sampler.sample({logits.const_data_ptr<float>() + m * vocab_size, vocab_size});
+    });
+  }
+
+  // The random numbers of a step that is sampled on the GPU; none where it is greedy.
+  std::vector<double> draws(const std::vector<size_t>& members) {
+    std::vector<double> numbers;
+    if (options_.sampling.temperature == 0.0) return numbers;
+    for (const size_t i : members) numbers.push_back(running_[i].sampler.draw());
+    return numbers;
+  }
+
+  // @param id_of  the new token of members[m]
+  template <typename IdOf>
+  void accept_all(const std::vector<size_t>& members, const IdOf& id_of) {
     bool any_done = false;
     for (size_t m = 0; m < members.size(); ++m) {
-      const size_t i = members[m];
-      if (options_.max_new_tokens == 0) {
-        finish(i, FinishReason::kLength);
-      } else {
-        const size_t vocab_size = static_cast<size_t>(logits.size(1));
-        accept(i, running_[i].sampler.sample({logits.const_data_ptr<float>() + m * vocab_size, vocab_size}));
-      }
-      any_done = any_done || running_[i].done;
+      accept(members[m], id_of(m));
+      any_done = any_done || running_[members[m]].done;
     }
     if (any_done) release_finished();
   }
@@ -210,6 +246,9 @@ class Batch {
   GenerateResult result_;
   int64_t total_prompt_tokens_ = 0;
   bool warned_ = false;
+#ifdef ROTUNDA_CUDA
+  std::unique_ptr<StepGraphs> graphs_;  // on a GPU
+#endif
 };
 
 void check_options(const GenerateOptions& options) {

@@ -32,7 +32,7 @@ KvBinding bind_kv(const Session& session, const kv::KvSpec& spec, const std::opt
 
 void require_memory(const KvBinding& binding, const std::vector<int64_t>& kv_lens) {
   const kv::KvModel& model = binding.model->info().kv;
-  const int64_t available = ops::available_bytes(model.device, model.device_budget_bytes);
+  const int64_t available = ops::available_memory_bytes(model.device, model.device_budget_bytes);
   int64_t planned = 0;
   for (const int64_t kv_len : kv_lens) {
     const int64_t bytes = binding.format->planned_bytes(binding.used, model, kv_len);
@@ -41,7 +41,8 @@ void require_memory(const KvBinding& binding, const std::vector<int64_t>& kv_len
   const int64_t longest = kv_lens.empty() ? 0 : *std::max_element(kv_lens.begin(), kv_lens.end());
   ROTUNDA_CHECK_WORLD(planned <= available, "not enough memory: ", kv_lens.size(), " sequence", kv_lens.size() == 1 ? "" : "s",
                       " of up to ", longest, " tokens need ", planned, " bytes of ", binding.requested.to_string(),
-                      " cache, ", available, " bytes are available");
+                      " cache, ", available, " bytes are available",
+                      model.device.is_cuda() ? concat(" on ", model.device) : "");
 }
 
 int64_t longest_kv_len(const kv::KvFormat& format, const kv::KvSpec& spec, const kv::KvModel& model, int64_t budget_bytes,

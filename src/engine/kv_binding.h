@@ -30,7 +30,7 @@ struct KvBinding {
 KvBinding bind_kv(const Session& session, const kv::KvSpec& spec, const std::optional<std::filesystem::path>& calibration_file,
                   const Progress& progress, StopFlag stop);
 
-/// Asks before anything is allocated whether caches of these lengths (tokens) fit the memory that the machine has left.
+/// Asks before anything is allocated whether caches of these lengths (tokens) fit the memory that the device has left.
 /// @throws Error{kWorld} naming length, bytes wanted and bytes there.
 void require_memory(const KvBinding& binding, const std::vector<int64_t>& kv_lens);
 

@@ -17,15 +17,21 @@ std::vector<kv::SeqChunk> whole(kv::SeqId seq, int64_t n_tokens) {
   return {{.seq = seq, .n_tokens = n_tokens, .is_prompt = true, .rope_len = 0}};
 }
 
-/// Queries and keys of one step from position 0 on, turned; on the host, where all of these pictures are reckoned.
+/// Queries and keys of one step from position 0 on, turned.
 struct Turned {
   at::Tensor q, k;  // [T, heads, head_dim] fp32
 };
 
+// [T, T] int64: how old the column's token is when the row's sees it.
+at::Tensor age_of_tokens(int64_t n_tokens, at::Device device) {
+  const at::Tensor place = at::arange(n_tokens, at::TensorOptions().dtype(at::kLong).device(device));
+  return place.unsqueeze(1) - place;
+}
+
 Turned turn(const kv::KvModel& model, const kv::AttendInput& in) {
   const int64_t n_tokens = in.q.size(0);
-  const auto [cos, sin] = model.rope.cos_sin(at::arange(n_tokens, at::kLong), n_tokens);
-  return {ops::apply_rope(in.q.to(at::kCPU, at::kFloat), cos, sin), ops::apply_rope(in.k.to(at::kCPU, at::kFloat), cos, sin)};
+  const auto [cos, sin] = model.rope.cos_sin(at::arange(n_tokens, in.q.options().dtype(at::kLong)), n_tokens);
+  return {ops::apply_rope(in.q.to(at::kFloat), cos, sin), ops::apply_rope(in.k.to(at::kFloat), cos, sin)};
 }
 
 /// Runs the model on exact attention and feeds every layer's input to a cache beside it as well, whose tokens see only what it stores.
@@ -50,11 +56,11 @@ class ComparingCache final : public CacheDecorator {
   }
   at::Tensor attend(int layer, const kv::AttendInput& in) override {
     const at::Tensor own = inner_.attend(layer, in);
-    const at::Tensor exact = fused_ ? own.to(at::kCPU, at::kDouble) : exact_attention(in);
-    const at::Tensor error = stored_.attend(layer, in).to(at::kCPU, at::kDouble) - exact;
+    const at::Tensor exact = fused_ ? own.to(at::kDouble) : exact_attention(in);
+    const at::Tensor error = stored_.attend(layer, in).to(at::kDouble) - exact;
     error_energy_[static_cast<size_t>(layer)] += error.square().sum().item<double>();
     energy_[static_cast<size_t>(layer)] += exact.square().sum().item<double>();
-    return fused_ ? own : exact.to(own.options());
+    return fused_ ? own : exact.to(own.scalar_type());
   }
   void end_step() override {
     inner_.end_step();
@@ -75,8 +81,19 @@ class ComparingCache final : public CacheDecorator {
  private:
   at::Tensor exact_attention(const kv::AttendInput& in) const {
     const Turned turned = turn(model(), in);
+    const int64_t window = model().sliding_window;
+    if (turned.q.is_cuda()) {  // chunk_attention() is LibTorch's operator for the CPU
+      const auto batched = [](const at::Tensor& x) { return x.to(at::kFloat).transpose(0, 1).unsqueeze(0); };  // [1, H, T, d]
+      const at::Tensor seen = age_of_tokens(in.q.size(0), in.q.device());
+      const at::Tensor mask = window > 0 ? seen.ge(0).logical_and_(seen.lt(window)) : seen.ge(0);
+      return at::scaled_dot_product_attention(batched(turned.q), batched(turned.k), batched(in.v), mask, /*dropout_p=*/0.0,
+                                              /*is_causal=*/false, model().softmax_scale, /*enable_gqa=*/true)
+          .squeeze(0)
+          .transpose(0, 1)
+          .to(at::kDouble);  // [T, n_heads, head_dim]
+    }
     const auto [out, lse] =
-        ops::chunk_attention(turned.q, turned.k, in.v.to(at::kCPU, at::kFloat), model().softmax_scale, model().sliding_window);
+        ops::chunk_attention(turned.q, turned.k, in.v.to(at::kFloat), model().softmax_scale, window);
     return ops::unstack_query_heads(out, in.q.size(0)).to(at::kDouble);  // [T, n_heads, head_dim]
   }
 
@@ -115,7 +132,7 @@ at::Tensor model_keys(const Session& session, int layer, std::span<const int64_t
   const auto cache = reference_cache(session);
   at::Tensor keys;
   observe(*session.model, *cache, tokens, stop, [&](int at_layer, const kv::AttendInput& in) {
-    if (at_layer == layer) keys = in.k.to(at::kCPU, at::kFloat).flatten(1).clone();
+    if (at_layer == layer) keys = in.k.to(at::kFloat).flatten(1).to(at::kCPU, /*non_blocking=*/false, /*copy=*/true);
   });
   return keys;
 }
@@ -124,19 +141,16 @@ at::Tensor coded_keys(const KvBinding& binding, int layer, std::span<const int64
   const auto cache = binding.make_cache();
   at::Tensor keys;
   observe(*binding.model, *cache, tokens, stop, [&](int at_layer, const kv::AttendInput& in) {
-    if (at_layer != layer) return;
-    keys = cache->keys_to_code(layer, in);
-    if (keys.defined()) keys = keys.cpu();
+    if (at_layer == layer) keys = cache->keys_to_code(layer, in);
   });
-  return keys;
+  return keys.defined() ? keys.to(at::kCPU) : keys;
 }
 
 at::Tensor attention_shares(const Session& session, std::span<const int64_t> tokens, StopFlag stop) {
   const auto cache = reference_cache(session);
   const kv::KvModel& model = session.model->info().kv;
   const int64_t n_tokens = static_cast<int64_t>(tokens.size());
-  const at::Tensor age =
-      at::arange(n_tokens).unsqueeze(1) - at::arange(n_tokens);  // of the column's token as the row's sees it
+  const at::Tensor age = age_of_tokens(n_tokens, model.device);
   at::Tensor hidden = age < 0;
   if (model.sliding_window > 0) hidden = hidden.logical_or(age >= model.sliding_window);
   const at::Tensor shares = at::empty({model.n_layers, n_tokens}, at::kFloat);

@@ -11,6 +11,7 @@
 #include "base/log.h"
 #include "engine/scoring.h"
 #include "engine/step.h"
+#include "ops/device.h"
 
 namespace rotunda::engine {
 
@@ -53,6 +54,7 @@ at::Tensor run_window(const KvBinding& binding, std::span<const int64_t> window,
   } else {
     hidden = run_prefill(*binding.model, *cache, seq, window, options.prefill_chunk, options.stop);
   }
+  ops::synchronize(hidden.device());
   gathered.usage.add(cache->usage());
   ++gathered.windows;
   return hidden;
@@ -60,21 +62,20 @@ at::Tensor run_window(const KvBinding& binding, std::span<const int64_t> window,
 
 // Scores one block of rows against targets and, unless it is the reference itself, against the reference.
 void score_block(const at::Tensor& log_probs, const at::Tensor& reference, std::span<const int64_t> targets, Gathered& gathered) {
-  const at::Tensor tops = log_probs.argmax(-1);
-  const at::Tensor own = target_log_probs(log_probs, targets);
-  for (size_t i = 0; i < targets.size(); ++i) gathered.nll.add(-static_cast<double>(own.const_data_ptr<float>()[i]));
-  if (log_probs.is_same(reference)) {
-    for (size_t i = 0; i < targets.size(); ++i) {
-      gathered.kl.add(0.0);
-      gathered.same_top.add(1.0);
-    }
-    return;
+  const at::Tensor log_prob = target_log_probs(log_probs, target_tensor(targets, log_probs.device()));
+  at::Tensor kl = at::zeros_like(log_prob);
+  at::Tensor same_top = at::ones_like(log_prob);
+  if (!log_probs.is_same(reference)) {
+    kl = (reference.exp() * (reference - log_probs)).sum(-1, false, at::kDouble);
+    same_top = reference.argmax(-1).eq(log_probs.argmax(-1)).to(at::kDouble);
   }
-  const at::Tensor kl = (reference.exp() * (reference - log_probs)).sum(-1, false, at::kDouble).cpu().contiguous();
-  const at::Tensor same = reference.argmax(-1).eq(tops).cpu().contiguous();
-  for (int64_t i = 0; i < kl.size(0); ++i) {
-    gathered.kl.add(kl.const_data_ptr<double>()[i]);
-    gathered.same_top.add(same.const_data_ptr<bool>()[i] ? 1.0 : 0.0);
+  const at::Tensor read = at::stack({log_prob, kl, same_top}).to(at::kCPU);  // together: on a GPU every reading waits
+  const int64_t n = read.size(1);
+  const double* values = read.const_data_ptr<double>();
+  for (int64_t i = 0; i < n; ++i) {
+    gathered.nll.add(-values[i]);
+    gathered.kl.add(values[n + i]);
+    gathered.same_top.add(values[2 * n + i]);
   }
 }
 
@@ -152,7 +153,7 @@ PerplexityReport evaluate_perplexity(const Session& session, const TextWindows& 
   std::vector<Gathered> gathered(bindings.size());
   const int64_t n_runs = n_windows * (static_cast<int64_t>(bindings.size()) + 1);
   const int64_t vocab_size = session.model->info().vocab_size;
-  const int64_t block_rows = logit_block_rows(vocab_size);
+  const int64_t block_rows = logit_block_rows(vocab_size, session.model->info().kv.device);
   int64_t runs_done = 0;
   const auto tell = [&](const KvBinding& binding) {
     if (options.progress) options.progress("perplexity, " + binding.requested.to_string(), ++runs_done, n_runs);
@@ -186,6 +187,7 @@ PerplexityReport evaluate_perplexity(const Session& session, const TextWindows& 
         {
           const Timed timed(reference_next.seconds);
           reference_probs = block_log_probs(*reference.model, reference_hidden, begin, n);  // [n, vocab_size]
+          ops::synchronize(reference_probs.device());
         }
         score_block(reference_probs, reference_probs, block_targets, reference_next);
         for (size_t b = 0; b < bindings.size(); ++b) {
@@ -194,6 +196,7 @@ PerplexityReport evaluate_perplexity(const Session& session, const TextWindows& 
           {
             const Timed timed(next[b].seconds);
             probs = block_log_probs(*bindings[b].model, hidden[b], begin, n);
+            ops::synchronize(probs.device());
           }
           score_block(probs, reference_probs, block_targets, next[b]);
         }

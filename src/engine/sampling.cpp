@@ -71,13 +71,15 @@ int64_t Sampler::sample(std::span<const float> logits) {
     for (kept = 0; kept < weights.size() && sum < options_.top_p * total; ++kept) sum += weights[kept];
     total = sum;
   }
-  // 53 bits of the draw make a number in [0, 1) that is the same on every platform, unlike the standard distributions.
-  double left = static_cast<double>(random_() >> 11) * 0x1p-53 * total;
+  double left = draw() * total;
   for (size_t i = 0; i < kept; ++i) {
     if (left < weights[i]) return order[i];
     left -= weights[i];
   }
   return order[kept - 1];
 }
+
+// 53 bits make a number in [0, 1) that is the same on every platform, unlike the standard distributions.
+double Sampler::draw() { return static_cast<double>(random_() >> 11) * 0x1p-53; }
 
 }  // namespace rotunda::engine

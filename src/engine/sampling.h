@@ -26,6 +26,8 @@ class Sampler {
   /// @param logits [vocab_size] fp32. Greedy takes the lowest id of equals. Filters in the order temperature, top-k, top-p.
   /// @throws Error{kUser} where a logit is NaN or none is finite.
   int64_t sample(std::span<const float> logits);
+  /// The next random number, in [0, 1): for those who do sample()'s work elsewhere. sample() takes one where it is not greedy.
+  double draw();
 
  private:
   SamplingOptions options_;

@@ -25,17 +25,18 @@ class RunningMean {
   double m2_ = 0.0;
 };
 
-/// Rows of hidden states whose logits are made at once: at most 256, fewer for a large vocabulary. The logits of a whole
-/// window never exist.
-int64_t logit_block_rows(int64_t vocab_size);
+/// Rows of hidden states whose logits are made at once: at most 256 (on a GPU 1024), fewer for a large vocabulary. The logits of a
+/// whole window never exist.
+int64_t logit_block_rows(int64_t vocab_size, at::Device device = at::kCPU);
 
 /// Log-probabilities of rows [begin, begin + n) of hidden.
 /// @param hidden [N, hidden_size]   @return [n, vocab_size] fp32
 at::Tensor block_log_probs(const model::CausalLm& model, const at::Tensor& hidden, int64_t begin, int64_t n);
 
-/// Of every row the log-probability of its target, [n] fp32 on the host.
-/// @param log_probs [n, vocab_size], n = targets.size()   @throws Error{kUser} for a target outside the vocabulary
-at::Tensor target_log_probs(const at::Tensor& log_probs, std::span<const int64_t> targets);
+/// Ids as a tensor [n] int64 on a device.
+at::Tensor target_tensor(std::span<const int64_t> targets, at::Device device);
+/// @param log_probs [n, vocab_size]   @param targets [n] int64 beside them   @return [n] fp64, each row's at its target
+at::Tensor target_log_probs(const at::Tensor& log_probs, const at::Tensor& targets);
 
 struct TokenScore {
   double log_prob = 0.0;  ///< of the target, natural logarithm

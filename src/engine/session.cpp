@@ -27,20 +27,18 @@ Session load_session(const SessionOptions& options) {
 
   Session session;
   session.formats = &kv::kv_registry();
-  model::CausalLmInfo info = model::read_causal_lm_info(options.model_dir.string(), options.dtype);
-  info.kv.device = options.device;
-  check_specs(*session.formats, options.specs, info.kv);
-  session.tokenizer = io::load_tokenizer(options.model_dir);
   model::CausalLmOptions load;
   load.dtype = options.dtype;
   load.device = options.device;
-  if (options.memory_share > 0.0)
-    load.device_budget_bytes = static_cast<int64_t>(options.memory_share * static_cast<double>(ops::total_bytes(options.device)));
-  if (options.device.is_cuda()) {
-    const int64_t weights_bytes = info.n_parameters * static_cast<int64_t>(c10::elementSize(options.dtype));
-    const int64_t available = ops::available_bytes(options.device, load.device_budget_bytes);
-    ROTUNDA_CHECK_WORLD(weights_bytes <= available, options.model_dir.string(), ": the weights take ", weights_bytes, " bytes in ", options.dtype, ", ",
-                        options.device, " has ", available, " bytes left");
+  load.device_budget_bytes = options.device_budget_bytes;
+  const model::CausalLmInfo info = model::read_causal_lm_info(options.model_dir.string(), load);
+  ops::require_device(options.device);
+  check_specs(*session.formats, options.specs, info.kv);
+  session.tokenizer = io::load_tokenizer(options.model_dir);
+  if (options.device.is_cuda()) {  // on the CPU weights may be views of the file
+    const int64_t available = ops::available_memory_bytes(options.device, options.device_budget_bytes);
+    ROTUNDA_CHECK_WORLD(info.weights_bytes() <= available, options.model_dir.string(), ": not enough memory on ", options.device,
+                        ": the weights need ", info.weights_bytes(), " bytes, ", available, " bytes are available");
   }
   if (options.progress) {
     load.progress = [&](int64_t done, int64_t total) { options.progress("loading weights", done, total); };

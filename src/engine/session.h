@@ -22,9 +22,9 @@ inline constexpr const char* kReferenceKv = "bf16";
 
 struct SessionOptions {
   std::filesystem::path model_dir;
-  at::ScalarType dtype = at::kFloat;  ///< arithmetic and weights: kFloat, kBFloat16 or, on a GPU, kHalf
-  at::Device device = at::kCPU;       ///< as ops::open_device gave it
-  double memory_share = 0.0;          ///< of a GPU's memory, that weights, caches and all else may take; 0: all of it
+  at::ScalarType dtype = at::kFloat;  ///< arithmetic and weights: kFloat, kBFloat16 or kHalf
+  at::Device device = at::kCPU;       ///< of weights, arithmetic and caches
+  int64_t device_budget_bytes = 0;    ///< what weights and cache may take of a GPU's memory together; 0: all that it has
   int threads = 0;                    ///< of the at::parallel_for pool; 0: as many as the machine has
   std::vector<kv::KvSpec> specs;      ///< caches that will be asked for; checked before any weight is read
   Progress progress;

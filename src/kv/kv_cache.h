@@ -21,10 +21,10 @@ struct KvModel {
   double softmax_scale = 0.0;
   int64_t sliding_window = 0;  ///< a token sees this many newest tokens, itself included; 0: all
   bool key_norm = false;       ///< a norm stands between the key projection and RoPE (Qwen3): keys cannot be fused
-  at::ScalarType dtype = at::kFloat;  ///< of queries, keys, values and the result: kFloat or kBFloat16
+  at::ScalarType dtype = at::kFloat;  ///< of queries, keys, values and the result: kFloat, kBFloat16 or kHalf
   ops::Rope rope;
-  at::Device device = at::kCPU;     ///< where queries, keys, values, pages and the result lie
-  int64_t device_budget_bytes = 0;  ///< of a GPU's memory, for all that lies there; 0: as much as there is
+  at::Device device = at::kCPU;  ///< where the tensors of AttendInput, the result and the pages lie
+  int64_t device_budget_bytes = 0;  ///< what weights and cache may take of a GPU's memory together; 0: all that it has
   std::vector<int> layer_ids = {};  ///< [n_layers] numbers in the whole model, where this is some layers of it; empty: all of it
 
   int kv_channels() const { return n_kv_heads * head_dim; }
@@ -126,8 +126,8 @@ class KvCache {
   virtual void check_step() {}
   /// @throws as check_step(); the step is then open still
   virtual void end_step() = 0;
-  /// Of the open step: 0 where its attend() calls cannot be captured in a CUDA graph. Else a graph captured in another step of as many single
-  /// tokens may stand for them where that step had the same number.
+  /// For recording a decode step (one token a sequence) as a CUDA graph: what attend() launches may be replayed for later steps with as
+  /// many chunks, for which begin_step() has brought its tables to the device, as long as this number stays. 0: nothing may be recorded.
   virtual uint64_t graph_epoch() const { return 0; }
   virtual void abort_step() = 0;
 

@@ -8,7 +8,7 @@ namespace rotunda::kv {
 
 at::Tensor query_products(const KvModel& model, const at::Tensor& q) {
   const int64_t n_tokens = q.size(0);
-  const auto [cos, sin] = model.rope.cos_sin(at::arange(n_tokens, at::TensorOptions().dtype(at::kLong).device(q.device())), n_tokens);
+  const auto [cos, sin] = model.rope.cos_sin(at::arange(n_tokens, q.options().dtype(at::kLong)), n_tokens);
   const at::Tensor turned = ops::apply_rope(q.to(at::kFloat), cos, sin)
                                 .view({n_tokens, model.n_kv_heads, -1, model.head_dim})
                                 .permute({1, 0, 2, 3})

@@ -7,6 +7,9 @@
 
 namespace rotunda::kv {
 
+/// Of the sums that a calibrator keeps beside what it sees.
+inline at::TensorOptions fp64_on(at::Device device) { return at::TensorOptions().dtype(at::kDouble).device(device); }
+
 /// Sum of q q^T over the tokens of a step from position 0 on, after RoPE, and over the query heads of each kv head.
 /// @param q [T, n_heads, d] as AttendInput::q   @return [n_kv_heads, d, d] fp32
 at::Tensor query_products(const KvModel& model, const at::Tensor& q);

@@ -1,5 +1,6 @@
 #include "kv/page_memory_cuda.h"
 
+#include <ATen/core/Tensor.h>
 #include <ATen/cuda/CUDAContext.h>
 #include <c10/cuda/CUDACachingAllocator.h>
 #include <cuda.h>
@@ -9,7 +10,7 @@
 #include <vector>
 
 #include "base/check.h"
-#include "ops/device.h"
+#include "ops/device_cuda.h"
 
 namespace rotunda::kv {
 
@@ -44,14 +45,12 @@ void check(cudaError_t error, const char* what) {
 class MappedMemory final : public PageMemoryCuda {
  public:
   explicit MappedMemory(int64_t budget_bytes) {
-    int device = 0;
-    check(cudaGetDevice(&device), "cudaGetDevice");
     // The driver's functions want the context that the runtime makes at its first use.
     check(cudaFree(nullptr), "initialization");
-    const int64_t total = ops::total_bytes(at::kCUDA);
+    const int64_t total = ops::cuda::total_memory_bytes(device_);
     budget_ = budget_bytes > 0 ? std::min(budget_bytes, total) : total;
     properties_.type = CU_MEM_ALLOCATION_TYPE_PINNED;
-    properties_.location = {CU_MEM_LOCATION_TYPE_DEVICE, {device}};
+    properties_.location = {CU_MEM_LOCATION_TYPE_DEVICE, {device_.index()}};
     access_ = {properties_.location, CU_MEM_ACCESS_FLAGS_PROT_READWRITE};
     check_driver(driver_.granularity(&piece_bytes_, &properties_, CU_MEM_ALLOC_GRANULARITY_RECOMMENDED), "granularity");
     reserved_ = (static_cast<size_t>(budget_) + piece_bytes_ - 1) / piece_bytes_ * piece_bytes_;
@@ -73,8 +72,9 @@ class MappedMemory final : public PageMemoryCuda {
   const char* owner() const override { return "GPU"; }
 
   int64_t available_bytes() const override {
-    // What is mapped and not given out yet counts as taken there.
-    return ops::available_bytes(at::kCUDA, budget_) + static_cast<int64_t>(mapped_) - used_;
+    // What is mapped and not given out yet counts as taken on the GPU.
+    const int64_t on_gpu = ops::cuda::free_memory_bytes(device_) + static_cast<int64_t>(mapped_) - used_;
+    return std::min(on_gpu, budget_ - ops::cuda::allocated_bytes(device_) - used_);
   }
 
   std::byte* grow(int64_t bytes) override {
@@ -120,6 +120,7 @@ class MappedMemory final : public PageMemoryCuda {
     ROTUNDA_CHECK_WORLD(result == CUDA_SUCCESS, "CUDA driver: ", what, " failed with error ", static_cast<int>(result));
   }
 
+  const at::Device device_{at::kCUDA, c10::cuda::current_device()};
   Driver driver_;
   CUmemAllocationProp properties_{};
   CUmemAccessDesc access_{};

@@ -14,10 +14,10 @@ void check_dtype(at::ScalarType dtype) {
 
 }  // namespace
 
-CausalLmInfo read_causal_lm_info(const std::string& model_dir, at::ScalarType dtype) {
-  check_dtype(dtype);
+CausalLmInfo read_causal_lm_info(const std::string& model_dir, const CausalLmOptions& options) {
+  check_dtype(options.dtype);
   const ModelFolder folder = ModelFolder::open(model_dir);
-  return model_registry().get(folder.config).read_info(folder, dtype);
+  return model_registry().get(folder.config).read_info(folder, options);
 }
 
 std::shared_ptr<const CausalLm> load_causal_lm(const std::string& model_dir, const CausalLmOptions& options) {

@@ -24,6 +24,7 @@ struct CausalLmInfo {
   std::vector<int64_t> bos_token_ids;   ///< at most one
   std::vector<int64_t> eos_token_ids;
   int64_t n_parameters = 0;  ///< counted from the shapes that the config implies, tied weights once
+  int64_t weights_bytes() const { return n_parameters * static_cast<int64_t>(c10::elementSize(kv.dtype)); }
 };
 
 /// A decoder-only language model on one device.
@@ -34,7 +35,8 @@ class CausalLm {
   virtual const CausalLmInfo& info() const = 0;
 
   /// Runs the tokens of the step that `cache` has open (KvCache::begin_step; the caller ends or aborts it).
-  /// @param tokens [T] int64, the chunks of the step one after the other; on the host, or, trusted unseen, where the model is
+  /// @param tokens [T] int64, the chunks of the step one after the other; checked where they lie on the CPU, trusted where they lie on
+  ///   the model's GPU (to look at them would wait for it)
   /// @return [T, hidden_size] after the final norm
   virtual at::Tensor forward(const at::Tensor& tokens, kv::KvCache& cache) const = 0;
   /// @param hidden [N, hidden_size]   @return [N, vocab_size] fp32
@@ -52,15 +54,16 @@ class CausalLm {
 };
 
 struct CausalLmOptions {
-  at::ScalarType dtype = at::kFloat;  ///< arithmetic and weights: kFloat, kBFloat16 or, on a GPU, kHalf
-  at::Device device = at::kCPU;
-  int64_t device_budget_bytes = 0;  ///< as KvModel has it
+  at::ScalarType dtype = at::kFloat;  ///< arithmetic and weights: kFloat, kBFloat16 or kHalf
+  at::Device device = at::kCPU;       ///< of weights and arithmetic; checked by the caller (ops::require_device)
+  int64_t device_budget_bytes = 0;    ///< see kv::KvModel
   std::function<void(int64_t done_bytes, int64_t total_bytes)>
       progress;  ///< called from the loading thread; may be empty
 };
 
-/// Reads config.json alone. @throws Error{kUser} for an unknown architecture or value, naming file and key.
-CausalLmInfo read_causal_lm_info(const std::string& model_dir, at::ScalarType dtype = at::kFloat);
+/// Reads config.json alone; what the model would be, loaded with these options.
+/// @throws Error{kUser} for an unknown architecture or value, naming file and key.
+CausalLmInfo read_causal_lm_info(const std::string& model_dir, const CausalLmOptions& options = {});
 
 /// Loads a Hugging Face folder; the family is found by the architecture in config.json (one folder below model/ each).
 /// @throws Error{kUser} for an unsupported or inconsistent checkpoint, NaN or Inf in a weight; Error{kWorld} for files.

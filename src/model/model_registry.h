@@ -14,7 +14,7 @@ namespace rotunda::model {
 struct ModelFamily {
   std::string architecture;  ///< as config.json's `architectures` names it
   /// What config.json alone tells. @throws Error{kUser} naming file and key.
-  std::function<CausalLmInfo(const ModelFolder&, at::ScalarType dtype)> read_info;
+  std::function<CausalLmInfo(const ModelFolder&, const CausalLmOptions&)> read_info;
   /// See load_causal_lm.
   std::function<std::shared_ptr<const CausalLm>(const ModelFolder&, const CausalLmOptions&)> load;
 };

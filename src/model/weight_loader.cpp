@@ -40,7 +40,8 @@ bool is_aligned(const at::Tensor& tensor) {
 
 }  // namespace
 
-WeightLoader::WeightLoader(const io::CheckpointIndex& index, at::ScalarType dtype) : index_(index), dtype_(dtype) {}
+WeightLoader::WeightLoader(const io::CheckpointIndex& index, at::ScalarType dtype, at::Device device)
+    : index_(index), dtype_(dtype), device_(device) {}
 
 at::Tensor WeightLoader::source(const std::string& name, at::IntArrayRef sizes) const {
   const io::SafetensorsFile::Entry& entry = index_.entry(name);
@@ -57,11 +58,13 @@ at::Tensor WeightLoader::source(const std::string& name, at::IntArrayRef sizes) 
   return copy;
 }
 
-bool WeightLoader::is_mappable(const std::string& name) const { return index_.entry(name).dtype == dtype_; }
+bool WeightLoader::is_mappable(const std::string& name) const {
+  return device_.is_cpu() && index_.entry(name).dtype == dtype_;
+}
 
 at::Tensor WeightLoader::take(const std::string& name, at::IntArrayRef sizes) {
   Item item{name, source(name, sizes), {}};
-  if (item.source.scalar_type() != dtype_) item.target = at::empty(sizes, at::TensorOptions().dtype(dtype_));
+  if (!is_mappable(name)) item.target = at::empty(sizes, at::TensorOptions().dtype(dtype_).device(device_));
   items_.push_back(item);
   return item.target.defined() ? item.target : item.source;
 }
@@ -70,7 +73,7 @@ at::Tensor WeightLoader::take_stacked(const std::vector<std::string>& names,
                                       const std::vector<std::vector<int64_t>>& sizes) {
   std::vector<int64_t> stacked_sizes = sizes.at(0);
   for (size_t i = 1; i < sizes.size(); ++i) stacked_sizes[0] += sizes[i][0];
-  const at::Tensor stacked = at::empty(stacked_sizes, at::TensorOptions().dtype(dtype_));
+  const at::Tensor stacked = at::empty(stacked_sizes, at::TensorOptions().dtype(dtype_).device(device_));
   int64_t row = 0;
   for (size_t i = 0; i < names.size(); ++i) {
     items_.push_back({names[i], source(names[i], sizes[i]), stacked.narrow(0, row, sizes[i][0])});

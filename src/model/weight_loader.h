@@ -12,10 +12,11 @@
 namespace rotunda::model {
 
 /// Turns a checkpoint's tensors into the model's dtype, all together and in parallel. Ask for the tensors first, then run().
-/// A tensor that has the wanted dtype already is a view of the mapped file and costs no memory.
+/// A tensor that has the wanted dtype already is a view of the mapped file and costs no memory; on a GPU all are copies, made piece by
+/// piece out of the mapped file.
 class WeightLoader {
  public:
-  WeightLoader(const io::CheckpointIndex& index, at::ScalarType dtype);
+  WeightLoader(const io::CheckpointIndex& index, at::ScalarType dtype, at::Device device = at::kCPU);
 
   /// Whether the tensor can be used as it lies in the file.
   bool is_mappable(const std::string& name) const;
@@ -39,6 +40,7 @@ class WeightLoader {
 
   const io::CheckpointIndex& index_;
   at::ScalarType dtype_;
+  at::Device device_;
   std::vector<Item> items_;
 };
 

@@ -2,53 +2,88 @@
 
 #include <ATen/Context.h>
 #include <c10/cuda/CUDACachingAllocator.h>
+#include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAFunctions.h>
+#include <c10/cuda/CUDAGuard.h>
 #include <cuda_runtime_api.h>
 
 #include "base/check.h"
-#include "kernels/attention/plain_pages_cuda.h"
+#include "kernels/cuda/probe_cuda.h"
 
-namespace rotunda::ops {
+namespace rotunda::ops::cuda {
 
-void open_cuda_device(const std::string& where, int index) {
+namespace {
+
+// CUDA's versions are numbers such as 13020: 13.2.
+std::string version(int number) { return concat(number / 1000, ".", number % 1000 / 10); }
+
+cudaDeviceProp properties(at::Device device) {
+  cudaDeviceProp properties{};
+  C10_CUDA_CHECK(cudaGetDeviceProperties(&properties, device.index()));
+  return properties;
+}
+
+// Of LibTorch's allocator.
+int64_t current(const c10::CachingDeviceAllocator::DeviceStats& stats,
+                const c10::CachingAllocator::StatArray c10::CachingDeviceAllocator::DeviceStats::* which) {
+  return (stats.*which)[static_cast<size_t>(c10::CachingAllocator::StatType::AGGREGATE)].current;
+}
+
+}  // namespace
+
+void require_device(at::Device device) {
   int n_devices = 0;
-  cudaError_t error = cudaGetDeviceCount(&n_devices);
+  const cudaError_t error = cudaGetDeviceCount(&n_devices);
+  cudaGetLastError();  // else the next check anywhere would report it again
   if (error == cudaErrorInsufficientDriver) {
     int driver = 0;
+    int runtime = 0;
     cudaDriverGetVersion(&driver);
-    // A machine without any driver says the same, with version 0.
-    if (driver > 0)
-      throw_world_error(concat(where, ": the driver is for CUDA ", driver / 1000, ".", driver % 1000 / 10, ", expected ", CUDART_VERSION / 1000, ".",
-                               CUDART_VERSION % 1000 / 10, " or newer"));
-    n_devices = 0;
-    error = cudaErrorNoDevice;
+    cudaRuntimeGetVersion(&runtime);
+    ROTUNDA_CHECK_WORLD(driver != 0, "--device ", device, ": this machine has no NVIDIA driver");
+    throw_world_error(concat("--device ", device, ": the NVIDIA driver is of CUDA ", version(driver), ", expected one of CUDA ",
+                             version(runtime), " or newer"));
   }
-  ROTUNDA_CHECK_WORLD(error == cudaSuccess || error == cudaErrorNoDevice, where, ": ", cudaGetErrorString(error));
-  ROTUNDA_CHECK_WORLD(n_devices > 0, where, ": this machine has no GPU that CUDA can use");
-  ROTUNDA_CHECK(index < n_devices, where, ": this machine has ", n_devices, " GPU", n_devices == 1 ? "" : "s", ", expected cuda:0",
-                n_devices == 1 ? "" : concat(" to cuda:", n_devices - 1));
-  cudaDeviceProp properties{};
-  error = cudaGetDeviceProperties(&properties, index);
-  ROTUNDA_CHECK_WORLD(error == cudaSuccess, where, ": ", cudaGetErrorString(error));
-  ROTUNDA_CHECK_WORLD(properties.major >= 8, where, ": ", properties.name, " has compute capability ", properties.major, ".", properties.minor,
-                      ", expected 8.0 or newer");
-  at::globalContext().lazyInitDevice(at::kCUDA);
-  c10::cuda::set_device(static_cast<c10::DeviceIndex>(index));
-  error = kernels::check_device_code();
-  ROTUNDA_CHECK_WORLD(error == cudaSuccess, where, ": this build has no code for ", properties.name, " (compute capability ", properties.major, ".",
-                      properties.minor, "): ", cudaGetErrorString(error));
+  ROTUNDA_CHECK_WORLD(error == cudaSuccess || error == cudaErrorNoDevice, "--device ", device, ": ", cudaGetErrorString(error));
+  ROTUNDA_CHECK_WORLD(error == cudaSuccess && n_devices > 0, "--device ", device, ": this machine has no GPU");
+  ROTUNDA_CHECK(device.index() < n_devices, "--device ", device, ": this machine has ", n_devices, " GPU", n_devices == 1 ? "" : "s",
+                ", expected cuda:", n_devices - 1, " at most");
+  const cudaDeviceProp gpu = properties(device);
+  ROTUNDA_CHECK_WORLD(gpu.major >= 8, "--device ", device, ": ", gpu.name, " has compute capability ", gpu.major, ".", gpu.minor,
+                      ", expected 8.0 (Ampere) or newer");
+  c10::cuda::set_device(device.index());
+  const cudaError_t loaded = kernels::probe_cuda();
+  cudaGetLastError();
+  ROTUNDA_CHECK_WORLD(loaded != cudaErrorNoKernelImageForDevice, "--device ", device, ": this build has no code for ", gpu.name,
+                      " (compute capability ", gpu.major, ".", gpu.minor, "); build it with CMAKE_CUDA_ARCHITECTURES=", gpu.major,
+                      gpu.minor);
+  ROTUNDA_CHECK_WORLD(loaded == cudaSuccess, "--device ", device, ": ", gpu.name, ": ", cudaGetErrorString(loaded));
 }
 
-CudaMemory cuda_memory() {
+void synchronize(at::Device device) {
+  const c10::cuda::CUDAGuard guard(device);
+  c10::cuda::device_synchronize();
+}
+
+std::string device_name(at::Device device) { return properties(device).name; }
+
+int64_t total_memory_bytes(at::Device device) { return static_cast<int64_t>(properties(device).totalGlobalMem); }
+
+int64_t free_memory_bytes(at::Device device) {
+  at::globalContext().lazyInitDevice(at::kCUDA);  // without it the allocator knows of no device
+  const c10::cuda::CUDAGuard guard(device);
   size_t free_bytes = 0;
   size_t total_bytes = 0;
-  const cudaError_t error = cudaMemGetInfo(&free_bytes, &total_bytes);
-  ROTUNDA_CHECK_WORLD(error == cudaSuccess, "CUDA: ", cudaGetErrorString(error));
-  at::globalContext().lazyInitDevice(at::kCUDA);  // without it the allocator knows of no device
-  const auto stats = c10::cuda::CUDACachingAllocator::getDeviceStats(c10::cuda::current_device());
-  constexpr auto kAll = static_cast<size_t>(c10::CachingAllocator::StatType::AGGREGATE);
-  const int64_t idle = stats.reserved_bytes[kAll].current - stats.active_bytes[kAll].current;
-  return {static_cast<int64_t>(free_bytes) + idle, static_cast<int64_t>(total_bytes)};
+  C10_CUDA_CHECK(cudaMemGetInfo(&free_bytes, &total_bytes));
+  const auto stats = c10::cuda::CUDACachingAllocator::getDeviceStats(device.index());
+  using Stats = c10::CachingDeviceAllocator::DeviceStats;
+  return static_cast<int64_t>(free_bytes) + current(stats, &Stats::reserved_bytes) - current(stats, &Stats::allocated_bytes);
 }
 
-}  // namespace rotunda::ops
+int64_t allocated_bytes(at::Device device) {
+  at::globalContext().lazyInitDevice(at::kCUDA);
+  const auto stats = c10::cuda::CUDACachingAllocator::getDeviceStats(device.index());
+  return current(stats, &c10::CachingDeviceAllocator::DeviceStats::allocated_bytes);
+}
+
+}  // namespace rotunda::ops::cuda

@@ -1,18 +1,20 @@
 #pragma once
 
+#include <c10/core/Device.h>
+
 #include <cstdint>
 #include <string>
 
-namespace rotunda::ops {
+/// The half of ops/device.h that asks the CUDA runtime; only in builds with a CUDA half.
+namespace rotunda::ops::cuda {
 
-/// Makes GPU `index` the current one after looking whether our kernels run on it. @throws as open_device()
-void open_cuda_device(const std::string& where, int index);
+void require_device(at::Device device);
+void synchronize(at::Device device);
+std::string device_name(at::Device device);
+int64_t total_memory_bytes(at::Device device);
+/// Free, or kept for reuse by LibTorch's allocator.
+int64_t free_memory_bytes(at::Device device);
+/// In tensors of this process.
+int64_t allocated_bytes(at::Device device);
 
-struct CudaMemory {
-  int64_t free_bytes;  ///< LibTorch's idle blocks included
-  int64_t total_bytes;
-};
-/// Of the current GPU.
-CudaMemory cuda_memory();
-
-}  // namespace rotunda::ops
+}  // namespace rotunda::ops::cuda

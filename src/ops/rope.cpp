@@ -134,12 +134,12 @@ std::pair<at::Tensor, at::Tensor> Rope::cos_sin(const at::Tensor& positions, int
                 " ", positions.scalar_type(), ", expected [T] int64");
   const std::vector<double> inv_freq = this->inv_freq(seq_len);
   const int64_t half = static_cast<int64_t>(inv_freq.size());
-  const int64_t n = positions.size(0);
   if (!positions.is_cpu()) {
     const at::Tensor frequencies = at::tensor(inv_freq, at::kDouble).to(positions.device());
-    const at::Tensor angles = positions.to(at::kDouble).unsqueeze(1) * frequencies;
+    const at::Tensor angles = positions.to(at::kDouble).unsqueeze(1).mul(frequencies);  // [T, half]
     return {angles.cos().mul_(spec_.attention_factor).to(at::kFloat), angles.sin().mul_(spec_.attention_factor).to(at::kFloat)};
   }
+  const int64_t n = positions.size(0);
   at::Tensor cos = at::empty({n, half}, at::TensorOptions().dtype(at::kFloat));
   at::Tensor sin = at::empty_like(cos);
   const at::Tensor contiguous_positions = positions.contiguous();

@@ -45,8 +45,8 @@ class Rope {
   /// [head_dim / 2] radians per position, for a sequence of `seq_len` tokens in all (only `dynamic` looks at it).
   std::vector<double> inv_freq(int64_t seq_len) const;
 
-  /// cos and sin, each [T, head_dim / 2] fp32 with the attention factor in, angles reckoned in fp64, where the positions lie.
-  /// @param positions [T] int64
+  /// cos and sin, each [T, head_dim / 2] fp32 with the attention factor in, angles reckoned in fp64.
+  /// @param positions [T] int64, on any device; the result lies beside them
   std::pair<at::Tensor, at::Tensor> cos_sin(const at::Tensor& positions, int64_t seq_len) const;
 
  private:

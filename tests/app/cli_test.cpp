@@ -80,6 +80,10 @@ TEST_F(CliTest, WrongInputGivesOneLineAndItsExitCode) {
       {{"generate", kModel, "--prompt", "a", "--kv", "k=rotunda3,v=bf16"}, 2, "keys of rotunda3 do not go with values of bf16"},
       {{"generate", kModel, "--prompt", "a", "--self-check", "maybe"}, 2, "--self-check: got 'maybe', expected on, off or auto"},
       {{"generate", kModel, "--prompt", "a", "--dtype", "fp8"}, 2, "--dtype: got 'fp8'"},
+      {{"generate", kModel, "--prompt", "a", "--device", "gpu"}, 2, "--device: got 'gpu', expected cpu, cuda or cuda:N"},
+      {{"generate", kModel, "--prompt", "a", "--device", "cuda:x"}, 2, "--device: got 'cuda:x'"},
+      {{"info", kModel, "--memory", "0.5"}, 2, "--memory: is for a GPU, --device is cpu"},
+      {{"info", kModel, "--device", "cuda", "--memory", "1.5"}, 2, "--memory: got 1.5"},
       {{"generate", kModel, "--prompt", "a", "--threads", "-2"}, 2, "--threads: got -2"},
       {{"generate", kModel, "--prompt", "a", "--temperature", "-1"}, 2, "--temperature: got -1"},
       {{"generate", kModel, "--prompt", "a", "--top-p", "0"}, 2, "--top-p: got 0"},
@@ -120,6 +124,16 @@ TEST_F(CliTest, WrongInputGivesOneLineAndItsExitCode) {
     EXPECT_FALSE(std::filesystem::exists(folder_ / "out"));
   }
 }
+
+#ifndef ROTUNDA_CUDA
+TEST_F(CliTest, ABuildWithoutCudaSaysHowToMakeOne) {
+  for (const char* device : {"cuda", "cuda:1"}) {
+    const Outcome outcome = run({"generate", kModel, "--prompt", "a", "--device", device});
+    EXPECT_EQ(outcome.exit_code, 2);
+    EXPECT_THAT(outcome.err, HasSubstr("this build has no CUDA half; build one with `make build-cuda`"));
+  }
+}
+#endif
 
 TEST_F(CliTest, GenerateStreamsTextAndWritesJson) {
   const Outcome outcome = run({"generate", kModel, "--prompt", "The river", "--max-new-tokens", "12", "--json", folder_ / "out.json"});

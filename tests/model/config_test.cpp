@@ -38,7 +38,7 @@ CausalLmInfo read(const json& config, const std::optional<json>& generation = {}
   std::optional<ConfigFile> generation_file;
   if (generation) generation_file = ConfigFile::parse(generation->dump(), "m/generation_config.json");
   const ModelFolder folder{"m", ConfigFile::parse(config.dump(), "m/config.json"), generation_file};
-  return model_registry().get(folder.config).read_info(folder, at::kFloat);
+  return model_registry().get(folder.config).read_info(folder, {});
 }
 
 TEST(ConfigTest, ReadsAPlainLlama) {
@@ -241,7 +241,7 @@ TEST(ConfigFileTest, RefusesWhatIsNoModelFolder) {
   std::ofstream(folder.path() / "config.json") << "[1, 2]";
   EXPECT_THAT(user_error_of([&] { read_causal_lm_info(dir); }),
               HasSubstr("config.json: holds [1,2], expected a JSON object"));
-  EXPECT_THAT(user_error_of([&] { read_causal_lm_info(dir, at::kHalf); }), HasSubstr("dtype Half"));
+  EXPECT_THAT(user_error_of([&] { read_causal_lm_info(dir, {.dtype = at::kDouble, .progress = {}}); }), HasSubstr("dtype Double"));
 }
 
 TEST(ModelRegistryTest, RefusesAFamilyTwice) {

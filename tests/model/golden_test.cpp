@@ -89,7 +89,7 @@ TEST_P(GoldenTest, Bfloat16StaysClose) {
 TEST_P(GoldenTest, InfoAgreesWithTheCheckpoint) {
   const Case c(GetParam());
   const std::string dir = (golden_dir() / "models" / GetParam()).string();
-  const CausalLmInfo info = read_causal_lm_info(dir, at::kBFloat16);
+  const CausalLmInfo info = read_causal_lm_info(dir, {.dtype = at::kBFloat16, .progress = {}});
   EXPECT_EQ(info.kv.dtype, at::kBFloat16);
   EXPECT_EQ(c.lm->info().kv.dtype, at::kFloat);
   EXPECT_EQ(info.architecture, c.lm->info().architecture);

@@ -10,6 +10,7 @@
 #include <thread>
 
 #include "kv/kv_format.h"
+#include "model/decoder/decoder_lm.h"
 #include "model/nn/linear.h"
 #include "model/nn/rms_norm.h"
 #include "model_test_util.h"
@@ -229,6 +230,34 @@ TEST(WeightsHashTest, IsTheSameFromManyThreads) {
   for (std::thread& thread : threads) thread.join();
   EXPECT_EQ(hashes[0].size(), 64u);
   for (const std::string& hash : hashes) EXPECT_EQ(hash, hashes[0]);
+}
+
+TEST(RandomDecoderTest, RunsAndFuses) {
+  DecoderConfig config;
+  config.architecture = "LlamaForCausalLM";
+  config.vocab_size = 50;
+  config.hidden_size = 32;
+  config.intermediate_size = 48;
+  config.n_layers = 2;
+  config.n_heads = 4;
+  config.n_kv_heads = 2;
+  config.head_dim = 8;
+  config.rms_norm_eps = 1e-5;
+  config.rope.head_dim = 8;
+  at::manual_seed(11);
+  const auto lm = make_random_decoder_lm(config, {.progress = {}});
+  EXPECT_EQ(lm->info().n_parameters, 2 * 50 * 32 + 32 + 2 * (2 * 32 + 2 * 32 * 32 + 2 * 16 * 32 + 3 * 32 * 48));
+  const auto logits_of = [](const CausalLm& model) {
+    ReferenceCache cache(model.info().kv);
+    return run_step(model, cache, cache.create(), at::arange(20));
+  };
+  const at::Tensor logits = logits_of(*lm);
+  ASSERT_EQ(logits.sizes(), at::IntArrayRef({20, 50}));
+  // A unit vector of hidden_size channels times weights of variance 1 / hidden_size: logits of size 1.
+  EXPECT_NEAR(logits.square().mean().item<double>(), 1.0, 0.5);
+  ops::TensorBundle setup;
+  const auto fused = lm->with_kv_format(ValueRotatingFormat(), {.format = "value_rotating", .options = {}, .parts = {}}, setup);
+  EXPECT_LT(relative_error(logits_of(*fused), logits), 2e-5);
 }
 
 TEST(LinearStackTest, StackedEqualsApart) {

@@ -12,29 +12,38 @@ namespace rotunda::cli {
 
 void ModelArguments::add_to(CLI::App& command) {
   command.add_option("MODEL", model_dir, "Hugging Face model folder")->required();
-  command.add_option("--dtype", dtype, "Arithmetic and weights: fp32, bf16 or, on a GPU, fp16; 16 bits are what a GPU is fast in")->capture_default_str();
-  command.add_option("--device", device, "Where to compute: cpu, cuda or cuda:N")->capture_default_str();
-  command.add_option("--memory", memory, "Share of the GPU's memory for weights, caches and all else, for example 0.9; 0: all of it")
-      ->check(CLI::Range(0.0, 1.0))
+  command.add_option("--device", device, "Where to compute: cpu, cuda (the first GPU) or cuda:N")->capture_default_str();
+  command.add_option("--dtype", dtype, "Arithmetic and weights: fp32, bf16 or fp16; on a GPU 16 bits are several times faster")
       ->capture_default_str();
+  memory_option = command.add_option("--memory", memory, "Share of a GPU's memory that weights and cache may take")->capture_default_str();
   command.add_option("--threads", threads, "Threads to compute with; 0: one per core")->capture_default_str();
 }
 
-at::ScalarType ModelArguments::scalar_type() const {
-  if (dtype == "fp32") return at::kFloat;
-  if (dtype == "fp16") return at::kHalf;
-  ROTUNDA_CHECK(dtype == "bf16", "--dtype: got '", dtype, "', expected fp32, bf16 or fp16");
-  return at::kBFloat16;
+model::CausalLmOptions ModelArguments::placement() const {
+  model::CausalLmOptions options;
+  if (dtype == "bf16") {
+    options.dtype = at::kBFloat16;
+  } else if (dtype == "fp16") {
+    options.dtype = at::kHalf;
+  } else {
+    ROTUNDA_CHECK(dtype == "fp32", "--dtype: got '", dtype, "', expected fp32, bf16 or fp16");
+  }
+  options.device = ops::parse_device(device);
+  ROTUNDA_CHECK(memory > 0.0 && memory <= 1.0, "--memory: got ", memory, ", expected above 0, up to 1");
+  ROTUNDA_CHECK(options.device.is_cuda() || memory_option->empty(), "--memory: is for a GPU, --device is ", device);
+  ops::require_device(options.device);
+  if (options.device.is_cuda())
+    options.device_budget_bytes = static_cast<int64_t>(memory * static_cast<double>(ops::total_memory_bytes(options.device)));
+  return options;
 }
 
 engine::Session ModelArguments::load(const std::vector<kv::KvSpec>& specs, ProgressPrinter& progress) const {
   engine::SessionOptions options;
+  const model::CausalLmOptions placement = this->placement();
   options.model_dir = model_dir;
-  options.dtype = scalar_type();
-  options.device = ops::open_device("--device", device);
-  ROTUNDA_CHECK(options.dtype != at::kHalf || options.device.is_cuda(), "--dtype fp16: needs --device cuda");
-  ROTUNDA_CHECK(memory == 0.0 || options.device.is_cuda(), "--memory: is the share of a GPU's memory, --device is ", device);
-  options.memory_share = memory;
+  options.dtype = placement.dtype;
+  options.device = placement.device;
+  options.device_budget_bytes = placement.device_budget_bytes;
   options.threads = threads;
   options.specs = specs;
   options.progress = progress.callback();

@@ -9,6 +9,7 @@
 #include "app/cli/progress.h"
 #include "engine/evaluation.h"
 #include "engine/session.h"
+#include "model/causal_lm.h"
 
 namespace rotunda::cli {
 
@@ -17,11 +18,13 @@ struct ModelArguments {
   std::string model_dir;
   std::string dtype = "fp32";
   std::string device = "cpu";
-  double memory = 0.0;
+  double memory = 0.9;
+  CLI::Option* memory_option = nullptr;  ///< to know whether it was given
   int threads = 0;
 
   void add_to(CLI::App& command);
-  at::ScalarType scalar_type() const;
+  /// What the options say of arithmetic and place, checked: the device is there.
+  model::CausalLmOptions placement() const;
   /// Loads the model after checking `specs`. The progress bar is off the screen afterwards.
   engine::Session load(const std::vector<kv::KvSpec>& specs, ProgressPrinter& progress) const;
 };

@@ -6,8 +6,8 @@
 #include "app/cli/report.h"
 #include "app/cli/table.h"
 #include "base/check.h"
-#include "base/env.h"
 #include "engine/kv_binding.h"
+#include "ops/device.h"
 
 namespace rotunda::cli {
 
@@ -37,13 +37,13 @@ int run_info(const Arguments& arguments, const CLI::App& command) {
   ROTUNDA_CHECK(arguments.kv_len >= 0 && arguments.kv_len <= kLongestContext, "--kv-len: got ", arguments.kv_len,
                 ", expected 1 to ", kLongestContext);
   if (!arguments.json.empty()) check_writable(arguments.json);
-  const at::ScalarType dtype = arguments.model.scalar_type();
-  const model::CausalLmInfo info = model::read_causal_lm_info(arguments.model.model_dir, dtype);
-  const int64_t weights_bytes = info.n_parameters * (dtype == at::kFloat ? 4 : 2);
-  const int64_t available = env::available_memory_bytes();
+  const model::CausalLmOptions placement = arguments.model.placement();
+  const model::CausalLmInfo info = model::read_causal_lm_info(arguments.model.model_dir, placement);
+  const int64_t weights_bytes = info.weights_bytes();
+  const int64_t available = ops::available_memory_bytes(placement.device, placement.device_budget_bytes);
   const int64_t kv_len = arguments.kv_len > 0 ? arguments.kv_len : info.max_position_embeddings;
   write_stdout(describe(info, arguments.model.dtype, weights_bytes) +
-               concat("memory           ", human_bytes(available), " available, ", human_bytes(std::max<int64_t>(0, available - weights_bytes)),
+               concat("device           ", ops::device_name(placement.device), "\nmemory           ", human_bytes(available), " available, ", human_bytes(std::max<int64_t>(0, available - weights_bytes)),
                       " after the weights\n\n"));
 
   Table table({"cache", "bytes/token", "bits/element", concat("at ", grouped(kv_len), " tokens"), "longest context that fits"});

@@ -16,6 +16,7 @@
 #include "app/cli/version.h"
 #include "base/error.h"
 #include "engine/control.h"
+#include "ops/device.h"
 
 namespace {
 
@@ -39,18 +40,6 @@ int exit_code(rotunda::Fault fault) {
   return kExitBug;
 }
 
-// LibTorch says only in words that memory ran out: "... you tried to allocate N bytes ...".
-int fail_in_torch(const c10::Error& error) {
-  const std::string message = error.what_without_backtrace();
-  static const std::string kWords = "you tried to allocate ";
-  const size_t place = message.find(kWords);
-  if (place != std::string::npos) {
-    const size_t begin = place + kWords.size();
-    return fail(kExitWorld, "out of memory: cannot allocate " + message.substr(begin, message.find_first_not_of("0123456789", begin) - begin) + " bytes");
-  }
-  return fail(kExitBug, "bug: " + message.substr(0, message.find('\n')));
-}
-
 void set_up_log() {
   auto logger = std::make_shared<spdlog::logger>("rotunda", std::make_shared<spdlog::sinks::stderr_sink_mt>());
   logger->set_pattern("rotunda: %l: %v");
@@ -58,7 +47,7 @@ void set_up_log() {
 }
 
 int run_program(int argc, char** argv) {
-  CLI::App app("Runs Hugging Face language models with a key-value cache of 2, 3, 4 or 16 bits on the CPU.", "rotunda");
+  CLI::App app("Runs Hugging Face language models with a key-value cache of 2, 3, 4 or 16 bits.", "rotunda");
   app.set_version_flag("--version", std::string("rotunda ") + kVersion);
   app.require_subcommand(1);
   app.footer("`rotunda COMMAND --help` tells a command's options.\nExit codes: 0 done, 1 the world's fault (files, memory), 2 the caller's, 3 a bug, 130 interrupted.");
@@ -100,7 +89,8 @@ int main(int argc, char** argv) {
   } catch (const rotunda::engine::Interrupted&) {
     return fail(kExitInterrupted, "interrupted");
   } catch (const c10::Error& error) {
-    return fail_in_torch(error);
+    const rotunda::Error translated = rotunda::ops::as_error(error);
+    return fail(exit_code(translated.fault()), translated.what());
   } catch (const std::bad_alloc&) {
     return fail(kExitWorld, "out of memory");
   } catch (const std::exception& error) {

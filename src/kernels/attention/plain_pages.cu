@@ -78,13 +78,6 @@ constexpr int kThreads = 256;
 
 }  // namespace
 
-cudaError_t check_device_code() {
-  cudaFuncAttributes attributes;
-  const cudaError_t error = cudaFuncGetAttributes(&attributes, store_kernel<float>);
-  cudaGetLastError();  // told to the caller, not to the next launch
-  return error;
-}
-
 cudaError_t store_plain_cuda(const PlainPagesCuda& pages, const float* key, const float* value, int64_t rows, int n_layers,
                              const StorePair* pairs, int n_pairs, int32_t* refused, cudaStream_t stream) {
   if (n_pairs == 0) return cudaSuccess;

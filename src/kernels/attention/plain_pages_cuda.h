@@ -19,9 +19,6 @@ struct PlainPagesCuda {
   int64_t layer_stride = 0;
 };
 
-/// Whether the current device can run what this build has compiled. @return cudaErrorNoKernelImageForDevice or another error where it cannot
-cudaError_t check_device_code();
-
 /// Writes rows into pages, as store_plain does.
 /// @param key, value [n_layers][rows][n_kv_heads * head_dim] fp32, `rows` of a layer   @param pairs [n_pairs]
 /// @param refused [n_layers] set to 1 where an element is not finite or overflows fp16; 0 is stored in its place

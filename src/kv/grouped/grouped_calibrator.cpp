@@ -13,9 +13,9 @@ class GroupedCalibrator final : public KvCalibrator {
  public:
   explicit GroupedCalibrator(const KvModel& model)
       : model_(model),
-        query_(at::zeros({model.n_layers, model.n_kv_heads, model.head_dim, model.head_dim}, at::TensorOptions().dtype(at::kDouble).device(model.device))),
+        query_(at::zeros({model.n_layers, model.n_kv_heads, model.head_dim, model.head_dim}, fp64_on(model.device))),
         value_(at::zeros_like(query_)),
-        key_square_sum_(at::zeros({model.n_layers, model.n_kv_heads, model.head_dim}, at::TensorOptions().dtype(at::kDouble).device(model.device))),
+        key_square_sum_(at::zeros({model.n_layers, model.n_kv_heads, model.head_dim}, fp64_on(model.device))),
         value_sum_(at::zeros_like(key_square_sum_)) {}
 
   void observe(int layer, const AttendInput& in) override {
@@ -39,7 +39,7 @@ class GroupedCalibrator final : public KvCalibrator {
     for (const auto& [name, tensor] : parts) {
       ROTUNDA_CHECK(tensor.isfinite().all().item<bool>(),
                     "grouped: calibration saw queries, keys or values that are NaN or infinite");
-      bundle.tensors[name] = tensor.to(at::kCPU, at::kFloat);
+      bundle.tensors[name] = tensor.to(at::kFloat).to(at::kCPU);
     }
     bundle.metadata["n_tokens"] = std::to_string(n_tokens_);
     return bundle;
@@ -47,7 +47,7 @@ class GroupedCalibrator final : public KvCalibrator {
 
  private:
   KvModel model_;
-  at::Tensor query_, value_, key_square_sum_, value_sum_;  // fp64
+  at::Tensor query_, value_, key_square_sum_, value_sum_;  // fp64, where the model runs
   int64_t n_tokens_ = 0;
 };
 

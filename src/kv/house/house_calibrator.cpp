@@ -13,8 +13,8 @@ class HouseCalibrator final : public KvCalibrator {
  public:
   explicit HouseCalibrator(const KvModel& model)
       : model_(model),
-        query_moment_(at::zeros({model.n_layers, model.n_kv_heads, model.head_dim, model.head_dim}, at::TensorOptions().dtype(at::kDouble).device(model.device))),
-        key_sum_(at::zeros({model.n_layers, model.n_kv_heads, model.head_dim}, at::TensorOptions().dtype(at::kDouble).device(model.device))),
+        query_moment_(at::zeros({model.n_layers, model.n_kv_heads, model.head_dim, model.head_dim}, fp64_on(model.device))),
+        key_sum_(at::zeros({model.n_layers, model.n_kv_heads, model.head_dim}, fp64_on(model.device))),
         key_square_sum_(at::zeros_like(key_sum_)) {}
 
   void observe(int layer, const AttendInput& in) override {
@@ -28,22 +28,22 @@ class HouseCalibrator final : public KvCalibrator {
   ops::TensorBundle finish() override {
     ROTUNDA_CHECK(n_tokens_ > 0, "rotunda: calibration saw no token");
     const double n = static_cast<double>(n_tokens_);
-    const at::Tensor mean = key_sum_.cpu() / n;
-    const at::Tensor variance = (key_square_sum_.cpu() / n - mean.square()).clamp_min(0.0);
-    const at::Tensor moment = query_moment_.cpu() / (n * model_.n_heads / model_.n_kv_heads);
+    const at::Tensor mean = key_sum_ / n;
+    const at::Tensor variance = (key_square_sum_ / n - mean.square()).clamp_min(0.0);
+    const at::Tensor moment = query_moment_ / (n * model_.n_heads / model_.n_kv_heads);
     ROTUNDA_CHECK(moment.isfinite().all().item<bool>() && variance.isfinite().all().item<bool>(),
                   "rotunda: calibration saw queries or keys that are NaN or infinite");
     ops::TensorBundle bundle;
-    bundle.tensors["query_moment"] = moment.to(at::kFloat);
-    bundle.tensors["key_mean"] = mean.to(at::kFloat);
-    bundle.tensors["key_variance"] = variance.to(at::kFloat);
+    bundle.tensors["query_moment"] = moment.to(at::kFloat).to(at::kCPU);
+    bundle.tensors["key_mean"] = mean.to(at::kFloat).to(at::kCPU);
+    bundle.tensors["key_variance"] = variance.to(at::kFloat).to(at::kCPU);
     bundle.metadata["n_tokens"] = std::to_string(n_tokens_);
     return bundle;
   }
 
  private:
   KvModel model_;
-  at::Tensor query_moment_, key_sum_, key_square_sum_;  // fp64
+  at::Tensor query_moment_, key_sum_, key_square_sum_;  // fp64, where the model runs
   int64_t n_tokens_ = 0;
 };
 

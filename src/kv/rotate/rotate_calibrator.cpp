@@ -4,6 +4,7 @@
 
 #include "base/check.h"
 #include "kernels/hadamard/hadamard.h"
+#include "kv/moments.h"
 
 namespace rotunda::kv::rotate {
 
@@ -11,7 +12,9 @@ namespace {
 
 class RotateCalibrator final : public KvCalibrator {
  public:
-  explicit RotateCalibrator(const KvModel& model) : model_(model), sums_(at::zeros({model.n_layers, model.kv_channels()}, at::TensorOptions().dtype(at::kDouble).device(model.device))) {}
+  explicit RotateCalibrator(const KvModel& model)
+      : model_(model),
+        sums_(at::zeros({model.n_layers, model.kv_channels()}, fp64_on(model.device))) {}
 
   void observe(int layer, const AttendInput& in) override {
     sums_[layer].add_(in.k.to(at::kDouble).sum(0).flatten());
@@ -24,7 +27,7 @@ class RotateCalibrator final : public KvCalibrator {
     const kernels::HadamardPlan plan = kernels::hadamard_plan(heads_per_group(model_) * model_.head_dim);
     const at::Tensor matrix = at::empty({plan.n, plan.n}, at::kDouble);
     kernels::hadamard_dense(plan, matrix.data_ptr<double>());
-    const at::Tensor rotated = at::matmul(sums_.cpu().view({model_.n_layers, -1, plan.n}), matrix);  // [L, groups, n]
+    const at::Tensor rotated = at::matmul(sums_.to(at::kCPU).view({model_.n_layers, -1, plan.n}), matrix);  // [L, groups, n]
     ROTUNDA_CHECK(rotated.isfinite().all().item<bool>(), "rotate: calibration saw keys that are NaN or infinite");
     ops::TensorBundle bundle;
     const at::Tensor layer_order = rotated.flatten(1).argsort(/*stable=*/true, /*dim=*/1, /*descending=*/false);
@@ -40,7 +43,7 @@ class RotateCalibrator final : public KvCalibrator {
 
  private:
   KvModel model_;
-  at::Tensor sums_;  // [n_layers, kv_channels] fp64
+  at::Tensor sums_;  // [n_layers, kv_channels] fp64, where the model runs
   int64_t n_tokens_ = 0;
 };
 

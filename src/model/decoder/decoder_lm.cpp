@@ -5,7 +5,9 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <mutex>
+#include <numeric>
 #include <set>
 #include <utility>
 
@@ -59,7 +61,7 @@ class DecoderLm final : public CausalLm {
 
   at::Tensor forward(const at::Tensor& tokens, kv::KvCache& cache) const override {
     const c10::NoGradGuard no_grad;
-    if (tokens.is_cpu()) check_tokens(tokens);
+    check_tokens(tokens);
     at::Tensor x = at::embedding(weights_.embedding, tokens.to(info_.kv.device));  // [T, hidden_size]
     for (int layer = 0; layer < config_.n_layers; ++layer) {
       const DecoderLayer& w = weights_.layers[static_cast<size_t>(layer)];
@@ -81,6 +83,8 @@ class DecoderLm final : public CausalLm {
                                                  ops::TensorBundle& setup) const override;
 
   const std::string& weights_hash() const override {
+    static const std::string kRandom = "random";
+    if (!checkpoint_) return kRandom;
     std::call_once(checkpoint_->hash_once, [this] { checkpoint_->hash = checkpoint_->index.content_hash(); });
     return checkpoint_->hash;
   }
@@ -106,6 +110,7 @@ class DecoderLm final : public CausalLm {
   void check_tokens(const at::Tensor& tokens) const {
     ROTUNDA_CHECK(tokens.dim() == 1 && tokens.scalar_type() == at::kLong && tokens.size(0) > 0, "forward: tokens ",
                   tokens.sizes(), " ", tokens.scalar_type(), ", expected [T] Long with T > 0");
+    if (tokens.is_cuda()) return;
     const at::Tensor contiguous = tokens.contiguous();
     const int64_t* ids = contiguous.const_data_ptr<int64_t>();
     for (int64_t t = 0; t < tokens.size(0); ++t)
@@ -114,17 +119,19 @@ class DecoderLm final : public CausalLm {
   }
 
   kv::ProjectionWeights original_projections(int layer) const;
+  kv::ProjectionWeights own_projections(const DecoderLayer& layer) const;
   void replace_projections(const kv::ProjectionWeights& fused, DecoderLayer& layer) const;
 
   DecoderConfig config_;
   DecoderNames names_;
   CausalLmInfo info_;
-  std::shared_ptr<Checkpoint> checkpoint_;
+  std::shared_ptr<Checkpoint> checkpoint_;  // null: random weights
   DecoderWeights weights_;
 };
 
-// As the checkpoint has them, in fp32; copies, so that a format may write to them.
+// As the checkpoint has them, in fp32 on the CPU; copies, so that a format may write to them.
 kv::ProjectionWeights DecoderLm::original_projections(int layer) const {
+  if (!checkpoint_) return own_projections(weights_.layers[static_cast<size_t>(layer)]);
   const auto read = [&](const std::string& name) {
     return checkpoint_->index.tensor(names_.in_layer(layer, name))
         .to(at::kFloat, /*non_blocking=*/false, /*copy=*/true);
@@ -147,11 +154,27 @@ kv::ProjectionWeights DecoderLm::original_projections(int layer) const {
   return p;
 }
 
-// Puts the fused projections in, cast to the model's dtype. One that is the same as before stays shared, so a format that
+// The same of a model without a checkpoint, which has no other weights than its own.
+kv::ProjectionWeights DecoderLm::own_projections(const DecoderLayer& layer) const {
+  const auto copy = [](const at::Tensor& tensor) {
+    return tensor.defined() ? tensor.to(at::kCPU).to(at::kFloat, /*non_blocking=*/false, /*copy=*/true) : tensor;
+  };
+  kv::ProjectionWeights p;
+  p.q_weight = copy(layer.qkv.weight(0));
+  p.k_weight = copy(layer.qkv.weight(1));
+  p.v_weight = copy(layer.qkv.weight(2));
+  p.o_weight = copy(layer.o_weight);
+  p.q_norm = copy(layer.q_norm);
+  p.k_norm = copy(layer.k_norm);
+  p.input_gain = copy(layer.attention_norm);
+  return p;
+}
+
+// Puts the fused projections in, cast to the model's dtype, on its device. One that is the same as before stays shared, so a format that
 // fuses nothing costs no memory.
 void DecoderLm::replace_projections(const kv::ProjectionWeights& fused, DecoderLayer& layer) const {
-  const at::ScalarType dtype = info_.kv.dtype;
-  const at::Device device = info_.kv.device;
+  // Cast before it travels, so that a GPU holds no fp32 copy.
+  const auto cast = [&](const at::Tensor& tensor) { return tensor.to(info_.kv.dtype).to(info_.kv.device); };
   const std::array<const at::Tensor*, 3> weights = {&fused.q_weight, &fused.k_weight, &fused.v_weight};
   const std::array<const at::Tensor*, 3> biases = {&fused.q_bias, &fused.k_bias, &fused.v_bias};
   std::vector<at::Tensor> new_weights, new_biases;
@@ -161,8 +184,8 @@ void DecoderLm::replace_projections(const kv::ProjectionWeights& fused, DecoderL
     const at::Tensor old_bias = layer.qkv.bias(i);
     ROTUNDA_ASSERT(weights[i]->sizes() == old_weight.sizes() && biases[i]->defined() == old_bias.defined(),
                    "fused shape ", weights[i]->sizes());
-    at::Tensor weight = weights[i]->to(device, dtype);
-    at::Tensor bias = old_bias.defined() ? biases[i]->to(device, dtype) : old_bias;
+    at::Tensor weight = cast(*weights[i]);
+    at::Tensor bias = old_bias.defined() ? cast(*biases[i]) : old_bias;
     const bool same = at::equal(weight, old_weight) && (!bias.defined() || at::equal(bias, old_bias));
     n_changed += !same;
     new_weights.push_back(same ? old_weight : weight);
@@ -178,8 +201,8 @@ void DecoderLm::replace_projections(const kv::ProjectionWeights& fused, DecoderL
   }
   ROTUNDA_ASSERT(fused.o_weight.sizes() == layer.o_weight.sizes(), "fused shape ", fused.o_weight.sizes());
   const auto replace = [&](const at::Tensor& with, at::Tensor& tensor) {
-    const at::Tensor cast = with.to(device, dtype);
-    if (!at::equal(cast, tensor)) tensor = cast;
+    const at::Tensor replaced = cast(with);
+    if (!at::equal(replaced, tensor)) tensor = replaced;
   };
   replace(fused.o_weight, layer.o_weight);
   if (config_.qk_norm) {
@@ -193,7 +216,7 @@ std::shared_ptr<const CausalLm> DecoderLm::with_kv_format(const kv::KvFormat& fo
   const c10::NoGradGuard no_grad;
   format.validate(spec);
   const std::optional<std::string> reason = format.unsupported_reason(spec, info_.kv);
-  ROTUNDA_CHECK(!reason, checkpoint_->index.model_dir().string(), ": ", *reason);
+  ROTUNDA_CHECK(!reason, checkpoint_ ? checkpoint_->index.model_dir().string() : "random weights", ": ", *reason);
   DecoderWeights weights = weights_;
   for (int layer = 0; layer < config_.n_layers; ++layer) {
     if (!format.fuses_layer(spec, info_.kv, layer)) continue;
@@ -266,39 +289,14 @@ class DecoderLoader {
   std::map<std::string, std::vector<int64_t>> sizes_;
 };
 
-// Tensor by tensor, so that converted weights are never on the host and on the device as a whole. What is mapped on the host one by one is
-// stacked on the way: there is a copy anyway, and one GEMM is better than three.
-void move_to(at::Device device, DecoderWeights& weights) {
-  const auto move = [&](at::Tensor& tensor) {
-    if (tensor.defined()) tensor = tensor.to(device);
-  };
-  const auto move_stack = [&](nn::LinearStack& stack) {
-    for (at::Tensor& weight : stack.weights) move(weight);
-    for (at::Tensor& bias : stack.biases) move(bias);
-    if (stack.stacked()) return;
-    stack.weights = {at::cat(stack.weights)};
-    stack.biases = {stack.biases[0].defined() ? at::cat(stack.biases) : at::Tensor()};
-  };
-  const bool tied = weights.head.is_same(weights.embedding);
-  move(weights.embedding);
-  for (DecoderLayer& layer : weights.layers) {
-    for (at::Tensor* tensor : {&layer.attention_norm, &layer.q_norm, &layer.k_norm, &layer.o_weight, &layer.o_bias, &layer.mlp_norm,
-                               &layer.mlp.down_weight, &layer.mlp.down_bias})
-      move(*tensor);
-    move_stack(layer.qkv);
-    move_stack(layer.mlp.gate_up);
-  }
-  move(weights.final_norm);
-  if (tied) weights.head = weights.embedding;
-  else move(weights.head);
-}
-
 }  // namespace
 
-CausalLmInfo decoder_info(const DecoderConfig& config, const DecoderNames& names, at::ScalarType dtype) {
+CausalLmInfo decoder_info(const DecoderConfig& config, const DecoderNames& names, const CausalLmOptions& options) {
   CausalLmInfo info;
   info.architecture = config.architecture;
-  info.kv = config.kv_model(dtype);
+  info.kv = config.kv_model(options.dtype);
+  info.kv.device = options.device;
+  info.kv.device_budget_bytes = options.device_budget_bytes;
   info.vocab_size = config.vocab_size;
   info.intermediate_size = config.intermediate_size;
   info.tied_embeddings = config.tied_embeddings;
@@ -316,14 +314,12 @@ CausalLmInfo decoder_info(const DecoderConfig& config, const DecoderNames& names
 std::shared_ptr<const CausalLm> load_decoder_lm(const ModelFolder& folder, const DecoderConfig& config,
                                                 const DecoderNames& names, const CausalLmOptions& options) {
   const c10::NoGradGuard no_grad;
-  CausalLmInfo info = decoder_info(config, names, options.dtype);
-  info.kv.device = options.device;
-  info.kv.device_budget_bytes = options.device_budget_bytes;
+  CausalLmInfo info = decoder_info(config, names, options);
   const auto checkpoint = std::make_shared<Checkpoint>(folder.dir);
   const std::vector<TensorShape> implied = implied_tensors(config, names);
   warn_of_extra_tensors(checkpoint->index, implied, config, names);
 
-  WeightLoader weight_loader(checkpoint->index, options.dtype);
+  WeightLoader weight_loader(checkpoint->index, options.dtype, options.device);
   DecoderLoader loader(names, implied, weight_loader);
   DecoderWeights weights;
   weights.embedding = loader.take(names.embedding);
@@ -344,15 +340,49 @@ std::shared_ptr<const CausalLm> load_decoder_lm(const ModelFolder& folder, const
   weights.final_norm = loader.take(names.final_norm);
   weights.head = config.tied_embeddings ? weights.embedding : loader.take(names.head);
   weight_loader.run(options.progress);
-  if (options.device != at::kCPU) move_to(options.device, weights);
   return std::make_shared<DecoderLm>(config, names, std::move(info), checkpoint, std::move(weights));
+}
+
+std::shared_ptr<const CausalLm> make_random_decoder_lm(const DecoderConfig& config, const CausalLmOptions& options) {
+  const c10::NoGradGuard no_grad;
+  const at::TensorOptions place = at::TensorOptions().dtype(options.dtype).device(options.device);
+  const int64_t hidden = config.hidden_size;
+  const auto gain = [&](int64_t n) { return at::ones({n}, place); };
+  const auto weight = [&](int64_t out, int64_t in) { return at::randn({out, in}, place).mul_(1.0 / std::sqrt(static_cast<double>(in))); };
+  const auto stack = [&](std::vector<int64_t> out_features) {
+    nn::LinearStack made;
+    made.weights = {weight(std::accumulate(out_features.begin(), out_features.end(), int64_t{0}), hidden)};
+    made.biases = {at::Tensor()};
+    made.out_features = std::move(out_features);
+    return made;
+  };
+  ROTUNDA_CHECK(!config.qkv_bias && !config.o_bias && !config.mlp_bias, "random weights: expected a config without biases");
+  const int64_t q_channels = int64_t{config.n_heads} * config.head_dim;
+  const int64_t kv_channels = int64_t{config.n_kv_heads} * config.head_dim;
+  DecoderWeights weights;
+  weights.embedding = at::randn({config.vocab_size, hidden}, place);
+  for (int i = 0; i < config.n_layers; ++i) {
+    DecoderLayer layer;
+    layer.attention_norm = gain(hidden);
+    layer.qkv = stack({q_channels, kv_channels, kv_channels});
+    if (config.qk_norm) layer.q_norm = layer.k_norm = gain(config.head_dim);
+    layer.o_weight = weight(hidden, q_channels);
+    layer.mlp_norm = gain(hidden);
+    layer.mlp.gate_up = stack({config.intermediate_size, config.intermediate_size});
+    layer.mlp.down_weight = weight(hidden, config.intermediate_size);
+    weights.layers.push_back(std::move(layer));
+  }
+  weights.final_norm = gain(hidden);
+  weights.head = config.tied_embeddings ? weights.embedding : weight(config.vocab_size, hidden);
+  const DecoderNames names;
+  return std::make_shared<DecoderLm>(config, names, decoder_info(config, names, options), nullptr, std::move(weights));
 }
 
 ModelFamily decoder_family(const std::string& architecture, DecoderConfig (*read_config)(const ModelFolder&),
                            const DecoderNames& names) {
   return {
       architecture,
-      [=](const ModelFolder& folder, at::ScalarType dtype) { return decoder_info(read_config(folder), names, dtype); },
+      [=](const ModelFolder& folder, const CausalLmOptions& options) { return decoder_info(read_config(folder), names, options); },
       [=](const ModelFolder& folder, const CausalLmOptions& options) {
         return load_decoder_lm(folder, read_config(folder), names, options);
       }};

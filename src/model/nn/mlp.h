@@ -14,6 +14,10 @@ struct SwigluMlp {
 
   /// @param x, residual [T, hidden_size]   @return [T, hidden_size]
   at::Tensor operator()(const at::Tensor& x, const at::Tensor& residual) const;
+
+ private:
+  /// silu(W_gate x) * W_up x   @return [T, intermediate_size]
+  at::Tensor gated(const at::Tensor& x) const;
 };
 
 }  // namespace rotunda::model::nn

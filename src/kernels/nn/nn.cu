@@ -1,0 +1,74 @@
+#include <cstdint>
+#include <limits>
+
+#include "kernels/nn/nn.cuh"
+#include "kernels/nn/nn_cuda.h"
+
+namespace rotunda::kernels {
+
+namespace {
+
+constexpr int kThreads = 256;
+
+template <typename T, int kSize, int kOfBlock>
+__global__ void __launch_bounds__(kOfBlock) rms_norm_kernel(const RmsNorm p) {
+  __shared__ float of_warps[RmsNormBlock<T, kSize, kOfBlock>::kWarps];
+  RmsNormBlock<T, kSize, kOfBlock>::run(p, of_warps);
+}
+
+template <typename T, int kSize>
+__global__ void __launch_bounds__(kThreads) swiglu_kernel(const Swiglu p) {
+  SwigluBlock<T, kSize, kThreads>::run(p);
+}
+
+constexpr int64_t kVectorBytes = 16;
+
+bool aligned(const void* at) { return reinterpret_cast<uintptr_t>(at) % kVectorBytes == 0; }
+
+// Calls run.operator()<T, elements a pack>().
+template <typename Run>
+cudaError_t dispatch(ElementType type, bool vectors, const Run& run) {
+  const auto of_type = [&]<typename T>() {
+    return vectors ? run.template operator()<T, kVectorBytes / sizeof(T)>() : run.template operator()<T, 1>();
+  };
+  switch (type) {
+    case ElementType::kFp32: return of_type.template operator()<float>();
+    case ElementType::kBf16: return of_type.template operator()<__nv_bfloat16>();
+    case ElementType::kFp16: return of_type.template operator()<__half>();
+  }
+  return cudaErrorInvalidValue;
+}
+
+bool fits_grid(int64_t n_blocks) { return n_blocks <= std::numeric_limits<int32_t>::max(); }
+
+}  // namespace
+
+cudaError_t rms_norm_cuda(const RmsNorm& p, ElementType type, cudaStream_t stream) {
+  if (p.row_size <= 0 || p.n_rows < 0 || !fits_grid(p.n_rows)) return cudaErrorInvalidValue;
+  if (p.n_rows == 0) return cudaSuccess;
+  const bool vectors = p.row_size * element_bytes(type) % kVectorBytes == 0 && aligned(p.x) && aligned(p.weight) && aligned(p.y);
+  return dispatch(type, vectors, [&]<typename T, int kSize>() {
+    const auto blocks = static_cast<unsigned>(p.n_rows);
+    constexpr int kWarp = 32;
+    if (p.row_size <= kWarp * kSize) {  // a head
+      rms_norm_kernel<T, kSize, kWarp><<<blocks, kWarp, 0, stream>>>(p);
+    } else {
+      rms_norm_kernel<T, kSize, kThreads><<<blocks, kThreads, 0, stream>>>(p);
+    }
+    return cudaGetLastError();
+  });
+}
+
+cudaError_t swiglu_cuda(const Swiglu& p, ElementType type, cudaStream_t stream) {
+  if (p.row_size <= 0 || p.n_rows < 0) return cudaErrorInvalidValue;
+  if (p.n_rows == 0) return cudaSuccess;
+  const bool vectors = p.row_size * element_bytes(type) % kVectorBytes == 0 && aligned(p.gate_up) && aligned(p.y);
+  return dispatch(type, vectors, [&]<typename T, int kSize>() {
+    const int64_t blocks = (p.n_rows * (p.row_size / kSize) + kThreads - 1) / kThreads;
+    if (!fits_grid(blocks)) return cudaErrorInvalidValue;
+    swiglu_kernel<T, kSize><<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(p);
+    return cudaGetLastError();
+  });
+}
+
+}  // namespace rotunda::kernels

@@ -1,0 +1,59 @@
+#include "model/nn/fused_cuda.h"
+
+#include <ATen/ATen.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+
+#include "base/check.h"
+#include "kernels/nn/nn_cuda.h"
+
+namespace rotunda::model::nn {
+
+namespace {
+
+kernels::ElementType element_type(const at::Tensor& x) {
+  switch (x.scalar_type()) {
+    case at::kFloat: return kernels::ElementType::kFp32;
+    case at::kBFloat16: return kernels::ElementType::kBf16;
+    case at::kHalf: return kernels::ElementType::kFp16;
+    default: ROTUNDA_ASSERT(false, "tensor of dtype ", x.scalar_type());
+  }
+}
+
+void check_launch(cudaError_t error, const char* kernel) {
+  ROTUNDA_ASSERT(error == cudaSuccess, kernel, ": ", cudaGetErrorString(error));
+}
+
+}  // namespace
+
+at::Tensor rms_norm_cuda(const at::Tensor& x, const at::Tensor& weight, double eps) {
+  ROTUNDA_ASSERT(weight.dim() == 1 && x.size(-1) == weight.size(0) && x.scalar_type() == weight.scalar_type() && weight.is_contiguous(),
+                 "rms_norm: x ", x.sizes(), " ", x.scalar_type(), ", weight ", weight.sizes(), " ", weight.scalar_type());
+  const c10::cuda::CUDAGuard guard(x.device());
+  const at::Tensor rows = x.contiguous();
+  at::Tensor y = at::empty_like(rows);
+  kernels::RmsNorm p;
+  p.x = rows.const_data_ptr();
+  p.weight = weight.const_data_ptr();
+  p.y = y.mutable_data_ptr();
+  p.row_size = weight.size(0);
+  p.n_rows = rows.numel() / p.row_size;
+  p.eps = static_cast<float>(eps);
+  check_launch(kernels::rms_norm_cuda(p, element_type(x), c10::cuda::getCurrentCUDAStream()), "rms_norm_cuda");
+  return y;
+}
+
+at::Tensor swiglu_cuda(const at::Tensor& gate_up) {
+  ROTUNDA_ASSERT(gate_up.dim() == 2 && gate_up.is_contiguous() && gate_up.size(1) % 2 == 0, "swiglu: gate_up ", gate_up.sizes());
+  const c10::cuda::CUDAGuard guard(gate_up.device());
+  at::Tensor y = at::empty({gate_up.size(0), gate_up.size(1) / 2}, gate_up.options());
+  kernels::Swiglu p;
+  p.gate_up = gate_up.const_data_ptr();
+  p.y = y.mutable_data_ptr();
+  p.n_rows = y.size(0);
+  p.row_size = y.size(1);
+  check_launch(kernels::swiglu_cuda(p, element_type(gate_up), c10::cuda::getCurrentCUDAStream()), "swiglu_cuda");
+  return y;
+}
+
+}  // namespace rotunda::model::nn
