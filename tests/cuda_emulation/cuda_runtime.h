@@ -12,6 +12,7 @@
 #include "warps.h"
 
 #define __device__
+#define __host__
 #define __forceinline__ inline
 
 // ---- types -----------------------------------------------------------------------------------------------------------
@@ -62,13 +63,20 @@ using std::isfinite;
 
 // Compile with -ffp-contract=off: these are one rounding each.
 inline float __fadd_rn(float x, float y) { return x + y; }
+inline float __fadd_rd(float x, float y) {
+  const double sum = static_cast<double>(x) + y;
+  const auto nearest = static_cast<float>(sum);
+  return nearest > sum ? std::nextafter(nearest, -INFINITY) : nearest;
+}
 inline float __fsub_rn(float x, float y) { return x - y; }
 inline float __fmul_rn(float x, float y) { return x * y; }
+inline float __fmaf_rn(float x, float y, float z) { return std::fma(x, y, z); }
 inline float __fdiv_rn(float x, float y) { return x / y; }
 inline float __fsqrt_rn(float x) { return std::sqrt(x); }
 inline uint32_t __float_as_uint(float x) { return std::bit_cast<uint32_t>(x); }
 inline int __float2int_rn(float x) { return static_cast<int>(std::nearbyint(x)); }
 inline int __ffs(int x) { return x == 0 ? 0 : std::countr_zero(static_cast<unsigned>(x)) + 1; }
+inline int __popc(unsigned x) { return std::popcount(x); }
 inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t selector) {
   const uint64_t bytes = a | uint64_t{b} << 32;
   uint32_t result = 0;
