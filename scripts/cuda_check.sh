@@ -29,6 +29,6 @@ for tool in memcheck racecheck initcheck; do
     part "$tool-$(basename "$test")" compute-sanitizer --tool "$tool" --error-exitcode 1 "$test" --gtest_filter='*Few*:*Window*:*Shifted*:*Refuse*'
   done
 done
-for bench in attention_cuda; do part "$bench" "$build/bench/cuda/$bench" --json "$out/$bench.json"; done
-cat "$out/attention_cuda.log"
+for bench in attention_cuda store_cuda; do part "$bench" "$build/bench/cuda/$bench" --json "$out/$bench.json"; done
+cat "$out/attention_cuda.log" "$out/store_cuda.log"
 exit $failed

@@ -6,7 +6,6 @@
 
 #include <ATen/ATen.h>
 #include <ATen/cuda/CUDAContext.h>
-#include <ATen/cuda/CUDAEvent.h>
 
 #include <c10/core/GradMode.h>
 
@@ -14,13 +13,13 @@
 #include <algorithm>
 #include <cstdio>
 #include <fstream>
-#include <functional>
 #include <nlohmann/json.hpp>
 #include <string>
 #include <vector>
 
 #include "base/check.h"
 #include "cuda/read_bandwidth.h"
+#include "cuda/timer.h"
 #include "kernels/attention/plain_decode_cuda.h"
 #include "kv/house/kernels/house_decode_cuda.h"
 #include "kv/house/kernels/house_page.h"
@@ -48,39 +47,6 @@ const std::vector<Shape>& shapes() {
 
 constexpr int64_t kPageTokens = 128;
 constexpr int kExactBlocks = 6;  // a window of 64, and sinks
-
-void check(cudaError_t error, const char* what) { ROTUNDA_CHECK(error == cudaSuccess, what, ": ", cudaGetErrorString(error)); }
-
-at::TensorOptions on_gpu(at::ScalarType type) { return at::TensorOptions().device(at::kCUDA).dtype(type); }
-
-struct Time {
-  double median_ms, low_ms, high_ms;  // low, high: a tenth of the repetitions lies beyond
-};
-
-class Timer {
- public:
-  explicit Timer(int repetitions) : repetitions_(repetitions), flush_(at::empty({int64_t{256} << 20}, on_gpu(at::kByte))) {}
-
-  Time operator()(const std::function<void()>& run) {
-    for (int i = 0; i < 3; ++i) run();
-    std::vector<double> times;
-    for (int i = 0; i < repetitions_; ++i) {
-      flush_.fill_(i);
-      at::cuda::CUDAEvent begin(cudaEventDefault), end(cudaEventDefault);
-      begin.record();
-      run();
-      end.record();
-      end.synchronize();
-      times.push_back(begin.elapsed_time(end));
-    }
-    std::sort(times.begin(), times.end());
-    return {times[times.size() / 2], times[times.size() / 10], times[times.size() - 1 - times.size() / 10]};
-  }
-
- private:
-  int repetitions_;
-  at::Tensor flush_;
-};
 
 // ---- the cases -------------------------------------------------------------------------------------------------------
 

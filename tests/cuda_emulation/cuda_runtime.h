@@ -12,6 +12,7 @@
 #include "warps.h"
 
 #define __device__
+#define __host__
 #define __forceinline__ inline
 
 // ---- types -----------------------------------------------------------------------------------------------------------
@@ -64,8 +65,14 @@ using std::isfinite;
 
 // Compile with -ffp-contract=off: these are one rounding each.
 inline float __fadd_rn(float x, float y) { return x + y; }
+inline float __fadd_rd(float x, float y) {
+  const double sum = static_cast<double>(x) + y;
+  const auto nearest = static_cast<float>(sum);
+  return nearest > sum ? std::nextafter(nearest, -INFINITY) : nearest;
+}
 inline float __fsub_rn(float x, float y) { return x - y; }
 inline float __fmul_rn(float x, float y) { return x * y; }
+inline float __fmaf_rn(float x, float y, float z) { return std::fma(x, y, z); }
 inline float __fdiv_rn(float x, float y) { return x / y; }
 inline float __fsqrt_rn(float x) { return std::sqrt(x); }
 inline uint32_t __float_as_uint(float x) { return std::bit_cast<uint32_t>(x); }

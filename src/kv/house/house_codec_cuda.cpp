@@ -75,7 +75,8 @@ class HouseCodecCuda final : public PageCodecCuda {
   int64_t scale_bytes_per_token() const override { return layout_.n_kv_heads * 2 * layout_.scale_bytes() / layout_.page_tokens(); }
   std::map<std::string, std::string> saved_settings() const override { return settings_; }
 
-  at::Tensor packable(int first_layer, const at::Tensor& turned, const at::Tensor&, const at::Tensor&, const at::Tensor& positions) const override {
+  at::Tensor packable(int first_layer, const at::Tensor& turned, const at::Tensor&, const at::Tensor&,
+                      const at::Tensor& positions) const override {
     add_shift(first_layer, turned, positions, -1);
     return at::matmul(turned, hadamard_).flatten(2);
   }
@@ -95,6 +96,7 @@ class HouseCodecCuda final : public PageCodecCuda {
     batch.layer_bytes = layer_bytes();
     batch.pairs = reinterpret_cast<const StorePair*>(pairs.const_data_ptr<int32_t>());
     batch.n_pairs = static_cast<int>(pairs.size(0));
+    batch.n_rows = static_cast<int>(key.size(1));
     batch.n_layers = static_cast<int>(key.size(0));
     batch.refused = refused.mutable_data_ptr<int32_t>();
     check_launch(house_store_cuda(batch, stream()), "house_store");
@@ -170,7 +172,8 @@ class HouseCodecCuda final : public PageCodecCuda {
     inv_freq_ = at::tensor(inv_freq, at::kDouble).to(at::kCUDA);
     const at::Tensor pages = at::arange(kMaxShiftedPositions / layout_.page_tokens(), on_gpu(at::kDouble)) * layout_.page_tokens();
     page_turns_ = at::stack(turns(pages), 2).contiguous();
-    const at::Tensor tokens = at::stack(turns(at::arange(layout_.page_tokens(), on_gpu(at::kDouble))), 2).transpose(0, 1);  // [d / 2, tokens, 2]
+    const at::Tensor tokens =
+        at::stack(turns(at::arange(layout_.page_tokens(), on_gpu(at::kDouble))), 2).transpose(0, 1);  // [d / 2, tokens, 2]
     const at::Tensor rounded = tokens.to(at::kHalf);
     token_turns_ = at::cat({rounded, (tokens - rounded.to(at::kFloat)).to(at::kHalf)}, 2).contiguous();
   }

@@ -38,7 +38,7 @@ inline constexpr float kFeedbackTries[] = {1.0F, 1.07F, 0.93F, 1.15F, 0.87F, 1.2
 struct HouseLayer {
   HousePageLayout layout;
   ScaleRule scale = ScaleRule::kUnbiased;
-  /// [n_kv_heads][head_dim][head_dim] rounding feedback for keys: entry (i, j) = U_ij / U_ii for j > i, (i, i) = 1 / U_ii^2, what an error
+  /// [n_kv_heads][head_dim][head_dim] rounding feedback for keys: entry (i, j) = U_ij / U_ii for j > i, (i, i) = 1 / U_ii^2 > 0, what an error
   /// of channel i costs once the channels behind it have made up for it; below the diagonal unread. Null: plain rounding.
   const float* feedback = nullptr;
   /// [n_kv_heads][head_dim] what was subtracted from keys before RoPE (times the RoPE's attention factor); null: nothing.

@@ -12,8 +12,10 @@ template <typename T>
 class HouseLoadBlock {
  public:
   static constexpr int kChannels = 8;
+  /// Of a thread block: the 16 tokens of a block of the page at once.
+  static constexpr int threads(int head_dim) { return kTokenBlock * (head_dim / kChannels); }
 
-  __device__ static void run(const HouseLoadPages& p, int n_threads) {
+  __device__ static void run(const HouseLoadPages& p) {
     const HousePageLayout& l = p.layout;
     // blockIdx.x = (page * n_kv_heads + head) * 2 + (0: keys, 1: values)
     const bool is_key = blockIdx.x % 2 == 0;
@@ -22,28 +24,32 @@ class HouseLoadBlock {
     const std::byte* const bytes = p.pool + p.table[page] * p.page_stride;
     const int bits = is_key ? l.key_bits : l.value_bits;
     const auto* const scales = reinterpret_cast<const __half*>(bytes + (is_key ? l.key_scale_offset(head) : l.value_scale_offset(head)));
-    const int tokens = static_cast<int>(l.page_tokens());
-    T* const out = static_cast<T*>(is_key ? p.key : p.value) + (int64_t{head} * p.n_pages + page) * tokens * l.head_dim;
     const int groups = l.head_dim / kChannels;
-    for (int i = static_cast<int>(threadIdx.x); i < tokens * groups; i += n_threads) {
-      const int token = i / groups;
-      const int channel = i % groups * kChannels;
+    const int t = static_cast<int>(threadIdx.x) / groups;
+    const int channel = static_cast<int>(threadIdx.x) % groups * kChannels;
+    T* const out =
+        static_cast<T*>(is_key ? p.key : p.value) + ((int64_t{head} * p.n_pages + page) * l.page_tokens() + t) * l.head_dim + channel;
+#pragma unroll 4
+    for (int block = 0; block < l.blocks_per_page; ++block) {
       uint32_t codes[kChannels];
-      if (is_key) key_codes(l, bytes, head, token, channel, codes);
-      else value_codes(l, bytes, head, token, channel, codes);
-      const float scale = __half2float(scales[token]);
+      if (is_key) key_codes(l, bytes, head, block, t, channel, codes);
+      else value_codes(l, bytes, head, block, t, channel, codes);
+      const float scale = __half2float(scales[block * kTokenBlock + t]);
       float elements[kChannels];
 #pragma unroll
       for (int c = 0; c < kChannels; ++c) elements[c] = scale * static_cast<float>(2 * static_cast<int>(codes[c]) - ((1 << bits) - 1));
-      write(out + int64_t{i} * kChannels, elements);
+      write(out + int64_t{block} * kTokenBlock * l.head_dim, elements);
     }
   }
 
  private:
-  static __device__ const uint32_t* words_at(const std::byte* bytes, int64_t offset) { return reinterpret_cast<const uint32_t*>(bytes + offset); }
+  static __device__ const uint32_t* words_at(const std::byte* bytes, int64_t offset) {
+    return reinterpret_cast<const uint32_t*>(bytes + offset);
+  }
 
-  static __device__ void key_codes(const HousePageLayout& l, const std::byte* bytes, int head, int token, int channel, uint32_t (&codes)[kChannels]) {
-    const uint32_t* const words = words_at(bytes, l.key_block_offset(head, token / kTokenBlock)) + token % kTokenBlock;
+  static __device__ void key_codes(const HousePageLayout& l, const std::byte* bytes, int head, int block, int t, int channel,
+                                   uint32_t (&codes)[kChannels]) {
+    const uint32_t* const words = words_at(bytes, l.key_block_offset(head, block)) + t;
     if (l.key_bits == 4) {
       const uint32_t word = words[channel / 8 * kTokenBlock];
 #pragma unroll
@@ -58,9 +64,8 @@ class HouseLoadBlock {
       codes[c] = (low >> (8 * (c % 4) + 2 * (c / 4)) & 3U) | (high >> (8 * (c % 4) + c / 4) & 1U) << 2;
   }
 
-  static __device__ void value_codes(const HousePageLayout& l, const std::byte* bytes, int head, int token, int channel, uint32_t (&codes)[kChannels]) {
-    const int block = token / kTokenBlock;
-    const int t = token % kTokenBlock;
+  static __device__ void value_codes(const HousePageLayout& l, const std::byte* bytes, int head, int block, int t, int channel,
+                                     uint32_t (&codes)[kChannels]) {
     const int64_t row = l.value_block_offset(head, block) + (l.value_bits == 4 ? int64_t{t / 8} * l.head_dim * 4 : 0);
     uint32_t words[kChannels];
     read(words_at(bytes, row) + channel, words);

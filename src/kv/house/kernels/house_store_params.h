@@ -24,6 +24,7 @@ struct HouseStoreBatch {
   int64_t layer_bytes = 0;  ///< from layer to layer within a page
   const StorePair* pairs = nullptr;  ///< [n_pairs], each of another place, or with no tokens; the same for all layers
   int n_pairs = 0;
+  int n_rows = 0;  ///< of a layer; with n_pairs it says which kernel suits, no more
   int n_layers = 1;
   /// [n_layers]: set to 1 where house_store would return false for a token; its bytes are then unspecified. Never set to 0.
   int32_t* refused = nullptr;

@@ -11,8 +11,8 @@ namespace {
 
 template <typename T>
 void load_emulated(const HouseLoadPages& p) {
-  constexpr unsigned kThreads = 96;
-  emulation::launch(static_cast<unsigned>(2 * p.n_pages * p.layout.n_kv_heads), kThreads, [&] { HouseLoadBlock<T>::run(p, kThreads); });
+  emulation::launch(static_cast<unsigned>(2 * p.n_pages * p.layout.n_kv_heads),
+                    static_cast<unsigned>(HouseLoadBlock<T>::threads(p.layout.head_dim)), [&] { HouseLoadBlock<T>::run(p); });
 }
 
 TEST(HouseLoadBlockTest, ElementsOfTheReference) {

@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include "kernels/attention/plain_block.cuh"
+#include "kernels/hadamard/hadamard_ref.h"
 #include "kernels/run_emulated.h"
 #include "kv/house/kernels/house_page_codec.cuh"
 #include "kv/house/kernels/house_paged_case.h"
@@ -60,8 +61,34 @@ TEST(HousePagedDecodeTest, NarrowAndWideHeads) {
   expect_reference<3, 4, 256, 1, 2, 2>({.lens = {300}, .n_kv_heads = 1, .n_q = 2}, 3);
 }
 
+template <int kHeadDim>
+void expect_rotated() {
+  constexpr int kRows = 2 * 3;
+  std::mt19937 random(6);
+  std::normal_distribution<float> normal;
+  std::vector<float> q(kRows * kHeadDim), rotated(q.size(), NAN);
+  for (float& x : q) x = normal(random);
+  HouseQueries p;
+  p.batch = 2;
+  p.n_kv_heads = 1;
+  p.n_q = 3;
+  p.head_dim = kHeadDim;
+  p.q = q.data();
+  p.rotated = rotated.data();
+  emulation::launch(2, 4 * 32, [&] { house_query_warps<kHeadDim>(p, 4); });
+  std::vector<double> expected(q.begin(), q.end());
+  kernels::hadamard_rows_ref(kernels::hadamard_plan(kHeadDim), false, expected.data(), kRows, kHeadDim);
+  // Up to eight additions in a row, of at most 16: 2^-24 each.
+  for (size_t i = 0; i < expected.size(); ++i) EXPECT_NEAR(rotated[i], expected[i], 1e-5);
+}
+TEST(HouseQueryTest, Rotates) {
+  expect_rotated<64>();
+  expect_rotated<128>();
+  expect_rotated<256>();
+}
+
 // a cos(n w) + b sin(n w) is q R_m . mu R_n for every pair, position and head.
-TEST(HousePagedDecodeTest, ShiftOfQueriesIsTheProductItStandsFor) {
+TEST(HouseQueryTest, ShiftIsTheProductItStandsFor) {
   constexpr int kHeadDim = 64, kHalf = kHeadDim / 2, kSteps = 2, kHeads = 2, kQ = 3;
   std::mt19937 random(5);
   std::normal_distribution<float> normal;
@@ -72,8 +99,10 @@ TEST(HousePagedDecodeTest, ShiftOfQueriesIsTheProductItStandsFor) {
   for (size_t i = 0; i < pairs.size(); ++i) pairs[i] = static_cast<uint16_t>(i * 7 % kHalf);
   const std::vector<int32_t> n_pairs = {16, 9};
   std::vector<float2> ab(2 * kHeads * kQ * 8 * kSteps, make_float2(NAN, NAN));
-  const ShiftOfQueries p{2, kHeads, kQ, kHeadDim, kSteps, q.data(), mu.data(), pairs.data(), n_pairs.data(), ab.data(), norm.data()};
-  emulation::launch(3, 4 * 32, [&] { shift_of_queries(p, 4); });
+  std::vector<float> rotated(q.size());
+  const HouseQueries p{2,           kHeads,       kQ,             kHeadDim,  q.data(),   rotated.data(), kSteps,
+                       mu.data(), pairs.data(), n_pairs.data(), ab.data(), norm.data()};
+  emulation::launch(3, 4 * 32, [&] { house_query_warps<kHeadDim>(p, 4); });
   for (int row = 0; row < 2 * kHeads * kQ; ++row) {
     const int head = row / kQ % kHeads;
     for (int i = 0; i < 8 * kSteps; ++i) {

@@ -21,7 +21,8 @@ struct StoreCase {
     pool = AlignedBytes(static_cast<size_t>(kPages * kLayers * layer_bytes));
     for (size_t i = 0; i < pool.size(); ++i) pool.get()[i] = static_cast<std::byte>(random());
     // Whole pairs, one that crosses from block to block, none, a single token, the last of a page; rows in no order.
-    pairs = {{1, 0, 0, 0xffffffffU}, {0, 3, 32, 0xffffffffU}, {1, 2, 67, 0x00ffff00U}, {-1, 0, -1, 0}, {0, 1, 64, 0x00000008U}, {2, 3, 65, 0xc0000000U}};
+    pairs = {{1, 0, 0, 0xffffffffU}, {0, 3, 32, 0xffffffffU}, {1, 2, 67, 0x00ffff00U},
+             {-1, 0, -1, 0},         {0, 1, 64, 0x00000008U}, {2, 3, 65, 0xc0000000U}};
     row_stride = int64_t{2} * head_dim + 8;
     std::normal_distribution<float> normal;
     for (auto* rows : {&key, &value}) {
@@ -39,7 +40,8 @@ struct StoreCase {
       feedback = AlignedBytes(static_cast<size_t>(heads) * head_dim * head_dim * 4);
       for (int64_t i = 0; i < heads * head_dim * head_dim; ++i) feedback.floats()[i] = 0.1F * normal(random);
       for (int64_t head = 0; head < heads; ++head)
-        for (int64_t c = 0; c < head_dim; ++c) feedback.floats()[(head * head_dim + c) * head_dim + c] = 0.5F + normal(random) * normal(random);
+        for (int64_t c = 0; c < head_dim; ++c)
+          feedback.floats()[(head * head_dim + c) * head_dim + c] = 0.5F + std::abs(normal(random) * normal(random));
     }
   }
 
@@ -57,6 +59,7 @@ struct StoreCase {
     p.layer_bytes = layer_bytes;
     p.pairs = pairs.data();
     p.n_pairs = static_cast<int>(pairs.size());
+    p.n_rows = few ? p.n_pairs : 32 * p.n_pairs;
     p.n_layers = kLayers;
     p.refused = refused.data();
     return p;
@@ -79,6 +82,7 @@ struct StoreCase {
   static constexpr int kPages = 3;
   static constexpr int kRows = 84;
   std::mt19937 random;
+  bool few = false;  ///< to be packed by the kernel for few tokens a pair
   HouseLayer layer;
   AlignedBytes pool, feedback;
   std::vector<StorePair> pairs;

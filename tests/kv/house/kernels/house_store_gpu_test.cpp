@@ -32,24 +32,29 @@ class HouseStoreGpuTest : public ::testing::Test {
     check_cuda(cudaMemcpy(test.pool.get(), p.pool, test.pool.size(), cudaMemcpyDeviceToHost), "kernel");
     check_cuda(cudaMemcpy(test.refused.data(), p.refused, 4 * test.refused.size(), cudaMemcpyDeviceToHost), "kernel");
   }
+
+  void expect_same_bytes(int key_bits, int value_bits, int head_dim, bool feedback, bool few) {
+    SCOPED_TRACE(::testing::Message() << key_bits << " " << value_bits << " " << head_dim << " " << feedback << " " << few);
+    StoreCase test(key_bits, value_bits, head_dim, feedback, ScaleRule::kUnbiased, 33);
+    test.few = few;
+    StoreCase::AlignedBytes expected;
+    ASSERT_TRUE(test.expected(expected));
+    store(test);
+    EXPECT_EQ(test.refused, std::vector<int32_t>({0, 0}));
+    EXPECT_EQ(std::memcmp(test.pool.get(), expected.get(), expected.size()), 0);
+  }
 };
 
 TEST_F(HouseStoreGpuTest, BytesOfTheReference) {
-  for (int key_bits = 2; key_bits <= 4; ++key_bits) {
-    for (int value_bits = 2; value_bits <= 4; ++value_bits) {
-      for (const int head_dim : {32, 64, 96, 128, 256}) {
-        for (const bool feedback : {false, true}) {
-          SCOPED_TRACE(::testing::Message() << key_bits << " " << value_bits << " " << head_dim << " " << feedback);
-          StoreCase test(key_bits, value_bits, head_dim, feedback, ScaleRule::kUnbiased, 33);
-          StoreCase::AlignedBytes expected;
-          ASSERT_TRUE(test.expected(expected));
-          store(test);
-          EXPECT_EQ(test.refused, std::vector<int32_t>({0, 0}));
-          EXPECT_EQ(std::memcmp(test.pool.get(), expected.get(), expected.size()), 0);
-        }
-      }
-    }
-  }
+  for (int key_bits = 2; key_bits <= 4; ++key_bits)
+    for (int value_bits = 2; value_bits <= 4; ++value_bits)
+      for (const int head_dim : {32, 64, 96, 128, 256})
+        for (const bool feedback : {false, true})
+          for (const bool few : {false, true}) expect_same_bytes(key_bits, value_bits, head_dim, feedback, few);
+}
+TEST_F(HouseStoreGpuTest, FewTokens) {
+  for (const bool feedback : {false, true})
+    for (const bool few : {false, true}) expect_same_bytes(3, 2, 64, feedback, few);
 }
 
 TEST_F(HouseStoreGpuTest, SaysWhatItRefuses) {
