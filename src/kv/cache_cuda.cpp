@@ -135,7 +135,7 @@ class CacheCuda final : public PagedCache {
   struct Prefill {
     const Chunk* chunk;
     at::Tensor cos, sin;            ///< [n_tokens, head_dim / 2] fp32
-    at::Tensor table;               ///< [pages] int32, of what is in pages before the step (quantize-all: after it)
+    at::Tensor table;               ///< [pages] int32, of what is in pages before the step (quantize-all, one token: after it)
     at::Tensor past_cos, past_sin, past_positions;  ///< of the tokens of these pages
     at::Tensor positions;  ///< [n_tokens] int64
     at::Tensor leaving_places, leaving_positions, leaving_pairs, leaving_cos, leaving_sin;
@@ -234,7 +234,8 @@ class CacheCuda final : public PagedCache {
     made.cos = step.cos.narrow(0, chunk.row, chunk.n_tokens).to(at::kCUDA);
     made.sin = step.sin.narrow(0, chunk.row, chunk.n_tokens).to(at::kCUDA);
     const bool all = step.kind == StepKind::kQuantizeAll;
-    const int64_t in_pages = all ? chunk.kv_len : chunk.sequence->stored_len;
+    // One token alone is appended before it looks around, as a decode kernel has it.
+    const int64_t in_pages = all ? chunk.kv_len : chunk.n_tokens == 1 ? chunk.stored_len : chunk.sequence->stored_len;
     const int64_t n_pages = (in_pages + kPageTokens - 1) / kPageTokens;
     std::vector<int32_t> numbers;
     for (int64_t i = 0; i < n_pages; ++i) numbers.push_back(page_number(chunk.sequence->pages[static_cast<size_t>(i)]));
@@ -282,6 +283,10 @@ class CacheCuda final : public PagedCache {
       if (step.kind == StepKind::kQuantizeAll) {
         append(layer, prefill, hidden, k, v);
         out.narrow(0, chunk.row, chunk.n_tokens).copy_(quantize_all_attention(layer, prefill, q, k, v));
+      } else if (chunk.n_tokens == 1) {
+        append(layer, prefill, hidden, k, v);
+        const auto [keys, values] = past(layer, prefill, chunk.kv_len, chunk.stored_len, model().dtype);
+        out.narrow(0, chunk.row, 1).copy_(causal_attention(q, keys.transpose(0, 1), values.transpose(0, 1)));
       } else {
         out.narrow(0, chunk.row, chunk.n_tokens).copy_(prefill_attention(layer, prefill, q, k, v));
         append(layer, prefill, hidden, k, v);
@@ -381,19 +386,22 @@ class CacheCuda final : public PagedCache {
     };
     at::Tensor old_k, old_v;
     if (chunk.first > 0) std::tie(old_k, old_v) = past(layer, prefill, chunk.first, chunk.sequence->stored_len, dtype);
-    const at::Tensor keys = whole(old_k, k);
-    const at::Tensor values = whole(old_v, v);
+    return causal_attention(q, whole(old_k, k), whole(old_v, v));
+  }
+
+  // The last query sees the last key. @param q [n, n_heads, head_dim] fp32   @param keys, values [T, n_kv_heads, head_dim] in the model's dtype
+  at::Tensor causal_attention(const at::Tensor& q, const at::Tensor& keys, const at::Tensor& values) const {
+    const at::ScalarType dtype = model().dtype;
     const int64_t window = model().sliding_window;
     if (dtype != at::kFloat && model().head_dim % 8 == 0 && model().head_dim <= 256) {
-      // Causal from the end: the last query sees the last key.
       const auto [left, right] = window > 0 ? std::pair<std::optional<int64_t>, std::optional<int64_t>>(window - 1, 0)
                                             : std::pair<std::optional<int64_t>, std::optional<int64_t>>();
       return std::get<0>(at::_flash_attention_forward(q.to(dtype).unsqueeze(0), keys.unsqueeze(0), values.unsqueeze(0), std::nullopt, std::nullopt,
-                                                      chunk.n_tokens, chunk.kv_len, /*dropout_p=*/0.0, /*is_causal=*/true,
+                                                      q.size(0), keys.size(0), /*dropout_p=*/0.0, /*is_causal=*/true,
                                                       /*return_debug_mask=*/false, std::optional<double>(model().softmax_scale), left, right))
           .squeeze(0);
     }
-    return tiled_attention(q, chunk.first, [&](ops::TileAttention& attention, int64_t first, int64_t count) {
+    return tiled_attention(q, keys.size(0) - q.size(0), [&](ops::TileAttention& attention, int64_t first, int64_t count) {
       add_tiles(attention, keys.transpose(0, 1), values.transpose(0, 1), first, count, {window, 0});
     });
   }

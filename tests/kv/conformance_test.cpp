@@ -374,7 +374,7 @@ TEST_P(Conformance, HeadDimensionsAndGroupings) {
     const KvModel model = small_model(n_heads, n_kv_heads, head_dim);
     KvSpec spec = parse_kv_spec(GetParam());
     if (const auto reason = kv_registry().get(spec).unsupported_reason(spec, model)) {
-      EXPECT_THAT(*reason, ::testing::HasSubstr(model.device.is_cpu() ? "group" : "on cuda")) << "only a group size may not fit, or a GPU";
+      EXPECT_THAT(*reason, ::testing::AnyOf(::testing::HasSubstr("group"), ::testing::HasSubstr("on cuda"))) << "only a group size may not fit, or a GPU";
       continue;
     }
     const Text text = random_text(model, 150, 12);
