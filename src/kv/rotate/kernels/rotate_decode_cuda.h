@@ -8,9 +8,9 @@
 
 namespace rotunda::kv::rotate {
 
-/// Whether rotate_decode_cuda knows pages of this layout and so many query heads for each kv head.
-constexpr bool rotate_decode_known(const RotatePageLayout& l, int n_q) {
-  return l.bits == 2 && l.head_dim == kRotateHeadDim && l.heads_per_group == kRotateHeads && n_q == kRotateQueries &&
+/// Whether rotate_decode_cuda knows pages of this layout.
+constexpr bool rotate_decode_known(const RotatePageLayout& l) {
+  return l.bits == 2 && l.head_dim == kRotateHeadDim && l.heads_per_group == kRotateHeads &&
          l.group_size % l.head_dim == 0 && l.n_quant_groups() <= kRotateMostGroups;
 }
 

@@ -288,7 +288,7 @@ struct RotatePageCodec {
             uint32_t& high = y[1][s][u][r];
             butterfly(low, high);
             const uint32_t a = low;
-            low = ptx::sub_halves(ptx::mul_halves(a, cos), ptx::mul_halves(high, sin));
+            low = ptx::negative_fma_halves(high, sin, ptx::mul_halves(a, cos));
             high = ptx::fma_halves(a, sin, ptx::mul_halves(high, cos));
           }
         }

@@ -84,6 +84,9 @@ inline uint32_t mul_halves(uint32_t x, uint32_t y) { return emulated::on_halves(
 inline uint32_t fma_halves(uint32_t x, uint32_t y, uint32_t z) {
   return emulated::on_halves(x, y, z, [](double a, double b, double c) { return a * b + c; });
 }
+inline uint32_t negative_fma_halves(uint32_t x, uint32_t y, uint32_t z) {
+  return emulated::on_halves(x, y, z, [](double a, double b, double c) { return c - a * b; });
+}
 
 inline void load_matrices_transposed(uint32_t (&r)[4], const void* row) {
   const auto& words = emulated::block().exchange({reinterpret_cast<uintptr_t>(row)});
