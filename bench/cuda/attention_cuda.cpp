@@ -223,7 +223,8 @@ kv::KvModel rotate_model(const Shape& s) {
 /// Pages of any codes with scales and zero points as a cache of normal numbers has them.
 at::Tensor rotate_pool(const kv::rotate::RotatePageLayout& l, int64_t n_pages) {
   at::Tensor pool = at::randint(0, 256, {n_pages, l.page_bytes()}, on_gpu(at::kByte));
-  for (const auto& [scale_at, zero_at] : {std::pair(l.key_scale_offset(), l.key_zero_offset()), std::pair(l.value_scale_offset(), l.value_zero_offset())}) {
+  const std::pair<int64_t, int64_t> sides[] = {{l.key_scale_offset(), l.key_zero_offset()}, {l.value_scale_offset(), l.value_zero_offset()}};
+  for (const auto& [scale_at, zero_at] : sides) {
     const at::Tensor scales = (at::rand({n_pages, l.scale_bytes() / 2}, on_gpu(at::kFloat)) * 0.2 + 0.9) * 0.9;
     pool.slice(1, scale_at, scale_at + l.scale_bytes()).copy_(scales.to(at::kHalf).view(at::kByte));
     pool.slice(1, zero_at, zero_at + l.zeros_bytes()).copy_(at::randint(1, 3, {n_pages, l.zeros_bytes()}, on_gpu(at::kByte)));
@@ -365,7 +366,8 @@ class Bench {
     const kv::rotate::RotatePageLayout layout = kv::rotate::rotate_layout({}, model);
     std::vector<uint16_t> key_group;  // channels of a group lie anywhere, as a calibrated order leaves them
     const at::Tensor order = at::randperm(model.kv_channels(), at::kLong);
-    for (int64_t i = 0; i < order.numel(); ++i) key_group.push_back(static_cast<uint16_t>(order.const_data_ptr<int64_t>()[i] / layout.group_size));
+    for (int64_t i = 0; i < order.numel(); ++i)
+      key_group.push_back(static_cast<uint16_t>(order.const_data_ptr<int64_t>()[i] / layout.group_size));
     const auto codec = kv::rotate::make_rotate_codec_cuda(model, {}, {key_group});
     if (!codec->has_decode()) {
       std::printf("%-34s no kernel\n", "ours rotate2");

@@ -60,7 +60,8 @@ class RotateCodecCuda final : public PageCodecCuda {
     std::vector<std::vector<uint16_t>> orders;
     for (const auto& table : key_groups) orders.push_back(order_of(table));
     key_order_ = to_gpu(orders);
-    has_decode_ = rotate_decode_known(layout_) && model.n_heads / model.n_kv_heads <= kRotateQueries && !model.rope.depends_on_length();
+    has_decode_ = rotate_decode_known(layout_) && model.n_heads / model.n_kv_heads <= kRotateQueries &&
+                  !model.rope.depends_on_length() && fits_here();
     if (!has_decode_) return;
     token_table_ = token_table();
     std::vector<std::vector<uint16_t>> offsets = key_groups;
@@ -146,11 +147,11 @@ class RotateCodecCuda final : public PageCodecCuda {
 
   void decode(int layer, kernels::PagedDecode p, const kernels::PagedDecodeGrid& grid) const override {
     ROTUNDA_ASSERT(has_decode_, "rotate: decode without a kernel");
-    reserve(p, grid);
-    p.workspace = static_cast<std::byte*>(workspace_.mutable_data_ptr());
+    p.workspace = static_cast<std::byte*>(workspace(grid, p.batch).mutable_data_ptr());
     p.rotate = {layout_.n_quant_groups(), layout_.zero == ZeroPoint::kMinimum,
                 reinterpret_cast<const uint16_t*>(key_offsets_.const_data_ptr<int16_t>()) + int64_t{layer} * layout_.kv_channels(),
-                static_cast<const uint4*>(token_table_.const_data_ptr()), static_cast<const float2*>(page_table_.const_data_ptr())};
+                static_cast<const uint4*>(token_table_.const_data_ptr()),
+                static_cast<const float2*>(page_table(p.table_stride).const_data_ptr())};
     // Packed keys have no attention factor, so their queries carry it twice. The kernel takes four query heads for each kv head.
     const int64_t heads = int64_t{p.batch} * p.n_kv_heads;
     const int n_q = p.n_q;
@@ -177,18 +178,26 @@ class RotateCodecCuda final : public PageCodecCuda {
     return reinterpret_cast<const uint16_t*>(key_group_.const_data_ptr<int16_t>()) + int64_t{layer} * layout_.kv_channels();
   }
 
-  // The table of pages and the workspace, grown where a step wants more than any before: not while a graph is recorded, whose step has
-  // run once by then.
-  void reserve(const kernels::PagedDecode& p, const kernels::PagedDecodeGrid& grid) const {
-    if (!page_table_.defined() || page_table_.size(0) < p.table_stride) {
-      const auto [cos, sin] = turns(at::arange(p.table_stride, at::kLong) * kPageTokens);
-      page_table_ = at::stack({cos, sin}, 2).to(at::kCUDA);
+  // One of each for every size that there was, so that recorded graphs find theirs again: the first step of a size is not one that is
+  // recorded.
+  const at::Tensor& page_table(int n_pages) const {
+    at::Tensor& table = page_tables_[n_pages];
+    if (!table.defined()) {
+      const auto [cos, sin] = turns(at::arange(n_pages, at::kLong) * kPageTokens);
+      table = at::stack({cos, sin}, 2).to(at::kCUDA);
     }
-    const int64_t bytes = rotate_decode_workspace_bytes(grid, p.batch, p.n_kv_heads);
-    if (!workspace_.defined() || workspace_.numel() < bytes || workspace_batch_ != p.batch) {
-      workspace_ = at::zeros({bytes}, key_matrix_.options().dtype(at::kByte));
-      workspace_batch_ = p.batch;
-    }
+    return table;
+  }
+  const at::Tensor& workspace(const kernels::PagedDecodeGrid& grid, int batch) const {
+    at::Tensor& bytes = workspaces_[batch];
+    if (!bytes.defined())
+      bytes = at::zeros({rotate_decode_workspace_bytes(grid, batch, model_.n_kv_heads)}, key_matrix_.options().dtype(at::kByte));
+    return bytes;
+  }
+
+  // Whether the GPU has the shared memory that the kernel wants.
+  static bool fits_here() {
+    return at::cuda::getCurrentDeviceProperties()->sharedMemPerBlockOptin >= static_cast<size_t>(rotate_decode_shared_bytes());
   }
 
   // Pure cos and sin [T, head_dim / 2] fp32.
@@ -229,9 +238,8 @@ class RotateCodecCuda final : public PageCodecCuda {
   bool has_decode_ = false;
   at::Tensor key_offsets_;  // [n_layers, kv_channels] int16: PagedRotate::key_offsets
   at::Tensor token_table_;
-  mutable at::Tensor page_table_;  // [pages, head_dim / 2, cos and sin] fp32
-  mutable at::Tensor workspace_;
-  mutable int workspace_batch_ = 0;  // counters come first, so that the rest lies elsewhere with another batch
+  mutable std::map<int, at::Tensor> page_tables_;  // by pages: [pages, head_dim / 2, cos and sin] fp32
+  mutable std::map<int, at::Tensor> workspaces_;   // by batch
 };
 
 }  // namespace
