@@ -372,8 +372,10 @@ class PagedDecodeKernel {
 
     template <typename Codec>
     __device__ __forceinline__ typename Codec::Query load_query() const {
-      if constexpr (requires { Codec::kScratchBytes; }) return Codec::load_query(p, here.seq(), here.head(), stages + kStages * kStageBytes);
-      else return Codec::load_query(p, here.seq(), here.head());
+      const int seq = here.seq();
+      const int head = here.head();
+      if constexpr (requires { Codec::kScratchBytes; }) return Codec::load_query(p, seq, head, stages + kStages * kStageBytes);
+      else return Codec::load_query(p, seq, head);
     }
 
     template <typename Codec>

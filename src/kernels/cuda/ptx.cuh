@@ -70,6 +70,13 @@ __device__ __forceinline__ uint32_t fma_halves(uint32_t x, uint32_t y, uint32_t 
   return d;
 }
 
+/// z - x y, rounded once.
+__device__ __forceinline__ uint32_t negative_fma_halves(uint32_t x, uint32_t y, uint32_t z) {
+  uint32_t d;
+  asm("{.reg .b32 n; neg.f16x2 n, %1; fma.rn.f16x2 %0, n, %2, %3;}" : "=r"(d) : "r"(x), "r"(y), "r"(z));
+  return d;
+}
+
 /// Four matrices [8][8] of 16 bits from shared memory, each transposed on the way: lane 8 i + r gives the address of row r of matrix i
 /// and receives of each matrix column g at rows 2t, 2t + 1.
 __device__ __forceinline__ void load_matrices_transposed(uint32_t (&r)[4], const void* row) {

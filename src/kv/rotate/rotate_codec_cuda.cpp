@@ -9,6 +9,7 @@
 #include "base/check.h"
 #include "kv/head_rotation.h"
 #include "kv/paged_cache.h"
+#include "kv/rotate/kernels/rotate_decode_cuda.h"
 #include "kv/rotate/kernels/rotate_load_cuda.h"
 #include "kv/rotate/kernels/rotate_store_cuda.h"
 #include "ops/rope.h"
@@ -59,6 +60,14 @@ class RotateCodecCuda final : public PageCodecCuda {
     std::vector<std::vector<uint16_t>> orders;
     for (const auto& table : key_groups) orders.push_back(order_of(table));
     key_order_ = to_gpu(orders);
+    has_decode_ = rotate_decode_known(layout_) && model.n_heads / model.n_kv_heads <= kRotateQueries &&
+                  !model.rope.depends_on_length() && fits_here();
+    if (!has_decode_) return;
+    token_table_ = token_table();
+    std::vector<std::vector<uint16_t>> offsets = key_groups;
+    for (auto& table : offsets)
+      for (uint16_t& group : table) group = rotate_key_offset(group, layout_.n_quant_groups());
+    key_offsets_ = to_gpu(offsets);
   }
 
   int64_t layer_bytes() const override { return (layout_.page_bytes() + 63) / 64 * 64; }
@@ -129,16 +138,91 @@ class RotateCodecCuda final : public PageCodecCuda {
     return {ops::apply_rope(plain, cos, sin).transpose(0, 1).to(dtype).contiguous(), value};
   }
 
-  bool has_decode() const override { return false; }
-  int unit_tokens() const override { return kPageTokens; }
-  kernels::PagedDecodeGrid decode_grid(const kernels::PagedDecode&) const override { return {}; }
-  void decode(int, kernels::PagedDecode, const kernels::PagedDecodeGrid&) const override {
-    ROTUNDA_ASSERT(has_decode(), "rotate: decode without a kernel");
+  bool has_decode() const override { return has_decode_; }
+  int unit_tokens() const override { return kRotateUnitTokens; }
+  kernels::PagedDecodeGrid decode_grid(const kernels::PagedDecode&) const override {
+    kernels::PagedDecodeGrid grid;
+    check_launch("rotate_decode_grid", rotate_decode_grid(&grid));
+    return grid;
+  }
+
+  void decode(int layer, kernels::PagedDecode p, const kernels::PagedDecodeGrid& grid) const override {
+    ROTUNDA_ASSERT(has_decode_, "rotate: decode without a kernel");
+    p.workspace = static_cast<std::byte*>(workspace(grid, p.batch).mutable_data_ptr());
+    p.rotate = {layout_.n_quant_groups(), layout_.zero == ZeroPoint::kMinimum,
+                reinterpret_cast<const uint16_t*>(key_offsets_.const_data_ptr<int16_t>()) + int64_t{layer} * layout_.kv_channels(),
+                static_cast<const uint4*>(token_table_.const_data_ptr()),
+                static_cast<const float2*>(page_table(p.table_stride).const_data_ptr())};
+    // Packed keys have no attention factor, so their queries carry it twice. The kernel takes four query heads for each kv head.
+    const int64_t heads = int64_t{p.batch} * p.n_kv_heads;
+    const int n_q = p.n_q;
+    const at::TensorOptions on_gpu = key_matrix_.options();
+    at::Tensor exact = at::from_blob(const_cast<float*>(p.q_exact), {heads, n_q, p.head_dim}, on_gpu);
+    at::Tensor out = at::from_blob(p.out, {heads, n_q, p.head_dim}, on_gpu);
+    at::Tensor padded_out = out;
+    if (n_q < kRotateQueries) {
+      exact = at::constant_pad_nd(exact, {0, 0, 0, kRotateQueries - n_q});
+      padded_out = at::empty_like(exact);
+      p.n_q = kRotateQueries;
+    }
+    const double factor = model_.rope.attention_factor();
+    const at::Tensor pages = factor == 1.0 ? exact : exact * factor;
+    p.q_exact = exact.const_data_ptr<float>();
+    p.q_pages = pages.const_data_ptr<float>();
+    p.out = padded_out.mutable_data_ptr<float>();
+    check_launch("rotate_decode_cuda", rotate_decode_cuda(p, grid, at::cuda::getCurrentCUDAStream()));
+    if (n_q < kRotateQueries) out.copy_(padded_out.narrow(1, 0, n_q));
   }
 
  private:
   const uint16_t* key_group(int layer) const {
     return reinterpret_cast<const uint16_t*>(key_group_.const_data_ptr<int16_t>()) + int64_t{layer} * layout_.kv_channels();
+  }
+
+  // One of each for every size that there was, so that recorded graphs find theirs again: the first step of a size is not one that is
+  // recorded.
+  const at::Tensor& page_table(int n_pages) const {
+    at::Tensor& table = page_tables_[n_pages];
+    if (!table.defined()) {
+      const auto [cos, sin] = turns(at::arange(n_pages, at::kLong) * kPageTokens);
+      table = at::stack({cos, sin}, 2).to(at::kCUDA);
+    }
+    return table;
+  }
+  const at::Tensor& workspace(const kernels::PagedDecodeGrid& grid, int batch) const {
+    at::Tensor& bytes = workspaces_[batch];
+    if (!bytes.defined())
+      bytes = at::zeros({rotate_decode_workspace_bytes(grid, batch, model_.n_kv_heads)}, key_matrix_.options().dtype(at::kByte));
+    return bytes;
+  }
+
+  // Whether the GPU has the shared memory that the kernel wants.
+  static bool fits_here() {
+    return at::cuda::getCurrentDeviceProperties()->sharedMemPerBlockOptin >= static_cast<size_t>(rotate_decode_shared_bytes());
+  }
+
+  // Pure cos and sin [T, head_dim / 2] fp32.
+  std::pair<at::Tensor, at::Tensor> turns(const at::Tensor& positions) const {
+    const auto [cos, sin] = model_.rope.cos_sin(positions, 0);
+    return {cos / model_.rope.attention_factor(), sin / model_.rope.attention_factor()};
+  }
+
+  // As PagedRotate::token_table.
+  at::Tensor token_table() const {
+    const auto [cos, sin] = turns(at::arange(kPageTokens, at::kLong));
+    const at::Tensor cos16 = cos.to(at::kHalf);
+    const at::Tensor sin16 = sin.to(at::kHalf);
+    const at::Tensor table = at::empty({kPageTokens, model_.head_dim * 2}, at::kHalf);
+    at::Half* const to = table.mutable_data_ptr<at::Half>();
+    const int half = model_.head_dim / 2;
+    for (int place = 0; place < kPageTokens; ++place) {
+      for (int pair = 0; pair < half; ++pair) {
+        const int64_t at = rotate_turn_place(place, pair);
+        to[at] = cos16.const_data_ptr<at::Half>()[place * half + pair];
+        to[at + 2] = sin16.const_data_ptr<at::Half>()[place * half + pair];
+      }
+    }
+    return table.to(at::kCUDA);
   }
 
   // Rows of group_channels, times W_G or its transpose; fp32.
@@ -152,6 +236,11 @@ class RotateCodecCuda final : public PageCodecCuda {
   std::map<std::string, std::string> settings_;
   at::Tensor key_group_, key_order_;  // [n_layers, kv_channels] int16, bits of uint16
   at::Tensor key_matrix_;             // W_G
+  bool has_decode_ = false;
+  at::Tensor key_offsets_;  // [n_layers, kv_channels] int16: PagedRotate::key_offsets
+  at::Tensor token_table_;
+  mutable std::map<int, at::Tensor> page_tables_;  // by pages: [pages, head_dim / 2, cos and sin] fp32
+  mutable std::map<int, at::Tensor> workspaces_;   // by batch
 };
 
 }  // namespace

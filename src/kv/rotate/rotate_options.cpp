@@ -88,7 +88,8 @@ RotatePageLayout rotate_layout(const RotateOptions& options, const KvModel& mode
   return layout;
 }
 
-std::map<std::string, std::string> rotate_settings(const RotatePageLayout& layout, const std::vector<std::vector<uint16_t>>& key_groups) {
+std::map<std::string, std::string> rotate_settings(const RotatePageLayout& layout,
+                                                   const std::vector<std::vector<uint16_t>>& key_groups) {
   return {{"rotunda.bits", std::to_string(layout.bits)},
           {"rotunda.zero", layout.zero == ZeroPoint::kCode ? "code" : "minimum"},
           {"rotunda.group_size", std::to_string(layout.group_size)},

@@ -110,8 +110,8 @@ TEST_P(RotateCodecGpuTest, StoresAndLoads) {
     layer.key_clip = layer.value_clip = options_.clip;
     for (int block = 0; block < kTokens / 16; ++block) {
       std::byte* const page = expected.data() + table[block / 8] * stride + index * codec_->layer_bytes();
-      ASSERT_TRUE(rotate_store_ref({&layer, key[index][16 * block].const_data_ptr<float>(), value[index][16 * block].const_data_ptr<float>(),
-                                    model_.kv_channels(), block % 8, 0, 16, page}));
+      const auto rows = [&](const at::Tensor& of) { return of[index][16 * block].const_data_ptr<float>(); };
+      ASSERT_TRUE(rotate_store_ref({&layer, rows(key), rows(value), model_.kv_channels(), block % 8, 0, 16, page}));
     }
     at::Tensor want_key = at::empty({kTokens, model_.kv_channels()}, at::kDouble);
     at::Tensor want_value = at::empty_like(want_key);
@@ -119,23 +119,68 @@ TEST_P(RotateCodecGpuTest, StoresAndLoads) {
       const std::byte* const page = expected.data() + table[token / 128] * stride + index * codec_->layer_bytes();
       const int n = layout_.group_channels();
       for (int c = 0; c < model_.kv_channels(); ++c) {
-        want_key[token].mutable_data_ptr<double>()[c] =
-            dequantize_ref(layout_, page, true, layer.key_group[c], token % 128, read_code(page, key_place(layout_, c / n, token % 128, c % n)));
+        want_key[token].mutable_data_ptr<double>()[c] = dequantize_ref(layout_, page, true, layer.key_group[c], token % 128,
+                                                                       read_code(page, key_place(layout_, c / n, token % 128, c % n)));
         want_value[token].mutable_data_ptr<double>()[c] =
             dequantize_ref(layout_, page, false, c / layout_.group_size, token % 128,
                            read_code(page, value_place(layout_, c / head_dim_, token % 128, c % head_dim_)));
       }
     }
     const at::Tensor plain = transformed(want_key, true).view({kTokens, n_kv_heads_, head_dim_});
-    const auto [k, v] = codec_->load(index, pages, at::tensor(table, at::kInt).to(at::kCUDA), cos_.to(at::kCUDA), sin_.to(at::kCUDA), at::kFloat);
+    const at::Tensor numbers = at::tensor(table, at::kInt).to(at::kCUDA);
+    const at::Tensor cos = cos_.to(at::kCUDA);
+    const at::Tensor sin = sin_.to(at::kCUDA);
+    const auto [k, v] = codec_->load(index, pages, numbers, cos, sin, at::kFloat);
     EXPECT_LT((k.cpu().to(at::kDouble) - ops::apply_rope(plain, cos_, sin_).transpose(0, 1)).abs().max().item<double>(), kTolerance);
     EXPECT_TRUE(at::equal(v.cpu(), want_value.to(at::kFloat).view({kTokens, n_kv_heads_, head_dim_}).transpose(0, 1)));
-    const auto [k16, v16] =
-        codec_->load(index, pages, at::tensor(table, at::kInt).to(at::kCUDA), cos_.to(at::kCUDA), sin_.to(at::kCUDA), at::kBFloat16);
+    const auto [k16, v16] = codec_->load(index, pages, numbers, cos, sin, at::kBFloat16);
     EXPECT_TRUE(at::equal(k16, k.to(at::kBFloat16)));
     EXPECT_TRUE(at::equal(v16, v.to(at::kBFloat16)));
   }
   EXPECT_EQ(std::memcmp(got.const_data_ptr(), expected.data(), expected.size()), 0);
+}
+
+// Fewer query heads than the kernel takes, and an attention factor: the same as attention over what load() gives.
+TEST_P(RotateCodecGpuTest, Decodes) {
+  EXPECT_EQ(codec_->has_decode(), head_dim_ == 128);
+  if (!codec_->has_decode()) return;
+  const at::TensorOptions on_gpu = at::TensorOptions().device(at::kCUDA);
+  const auto ints = [&](const std::vector<int32_t>& x) { return at::tensor(x, at::kInt).to(at::kCUDA); };
+  const int64_t stride = kLayers * codec_->layer_bytes();
+  const at::Tensor pool = at::zeros({3, stride}, on_gpu.dtype(at::kByte));
+  const PagesCuda pages{static_cast<std::byte*>(pool.mutable_data_ptr()), stride};
+  const at::Tensor table = ints({2, 0});
+  std::vector<int32_t> pairs;
+  for (int32_t i = 0; i < kTokens / 32; ++i)
+    for (const int32_t x : {i < 4 ? 2 : 0, i % 4, 32 * i, -1}) pairs.push_back(x);
+  const at::Tensor rows = at::randn({kLayers, kTokens, model_.kv_channels()}, on_gpu);
+  codec_->store(0, rows, rows, ints(pairs).view({-1, 4}), pages, at::zeros({kLayers}, on_gpu.dtype(at::kInt)));
+
+  const int layer = kLayers - 1;
+  const int64_t rep = model_.n_heads / n_kv_heads_;
+  const at::Tensor q = at::randn({n_kv_heads_, rep, head_dim_}, on_gpu) * 0.1;
+  const at::Tensor out = at::full({n_kv_heads_, rep, head_dim_}, std::nan(""), on_gpu);
+  const at::Tensor stored_len = ints({static_cast<int32_t>(kTokens)});
+  const at::Tensor units_before = ints({0, kernels::paged_decode_units(kTokens, codec_->unit_tokens(), 0)});
+  kernels::PagedDecode p;
+  p.batch = 1;
+  p.n_kv_heads = n_kv_heads_;
+  p.n_q = static_cast<int>(rep);
+  p.head_dim = head_dim_;
+  p.q_exact = q.const_data_ptr<float>();
+  p.pool = pages.pool + layer * codec_->layer_bytes();
+  p.page_bytes = stride;
+  p.block_table = table.const_data_ptr<int32_t>();
+  p.table_stride = 2;
+  p.stored_len = stored_len.const_data_ptr<int32_t>();
+  p.units_before = units_before.const_data_ptr<int32_t>();
+  p.out = out.mutable_data_ptr<float>();
+  codec_->decode(layer, p, codec_->decode_grid(p));
+
+  const auto [k, v] = codec_->load(layer, pages, table, cos_.to(at::kCUDA), sin_.to(at::kCUDA), at::kFloat);
+  const at::Tensor expected = at::bmm(at::bmm(q, k.transpose(1, 2)).softmax(-1), v);
+  // Keys of size 1 and scores of size 1: the kernel's fp16 keys and queries err by about 1e-3 of a score.
+  EXPECT_LT(((out - expected).norm() / expected.norm()).item<double>(), 2e-3);
 }
 
 INSTANTIATE_TEST_SUITE_P(Shapes, RotateCodecGpuTest,

@@ -17,6 +17,8 @@ static_assert(Kernel::kSharedBytes <= kernels::kLargeShared);
 
 }  // namespace
 
+int rotate_decode_shared_bytes() { return Kernel::kSharedBytes; }
+
 cudaError_t rotate_decode_grid(kernels::PagedDecodeGrid* grid) {
   return kernels::run_task<Kernel>(kernels::PagedTask::kGrid, {}, *grid, nullptr);
 }

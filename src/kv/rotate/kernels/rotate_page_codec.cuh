@@ -43,8 +43,10 @@ struct RotatePageCodec {
 
   /// Shared memory that outlives units: the turned queries as right operands [set][step][lane], then the scales of the unit's tokens.
   static constexpr int kQueryBytes = kSets * (kHeadDim / 16) * kWarp * 8;
-  static constexpr int kScratchBytes = kQueryBytes + 4096;
-  static_assert(rotate_scale_stride(kRotateMostGroups) * kRotateMostGroups <= 4096 && rotate_scale_stride(kRotateCopiedGroups) * kRotateCopiedGroups <= 4096);
+  static constexpr int kScaleBytes = 4096;
+  static constexpr int kScratchBytes = kQueryBytes + kScaleBytes;
+  static_assert(rotate_scale_stride(kRotateMostGroups) * kRotateMostGroups <= kScaleBytes &&
+                rotate_scale_stride(kRotateCopiedGroups) * kRotateCopiedGroups <= kScaleBytes);
 
   /// 16-byte pieces lie where the lanes of a phase find theirs in different banks. @param quad of the word's 16 tokens
   static __device__ __forceinline__ int key_place(int word, int quad) { return word * 4 + (quad ^ (word >> 1 & 1) * 2); }
@@ -55,7 +57,8 @@ struct RotatePageCodec {
     const int heads = p.n_kv_heads * kSets;
     const int groups = p.rotate.n_quant_groups;
     const int group_size = heads * kHeadDim / groups;
-    const RotatePageLayout l{2, p.rotate.minimum ? ZeroPoint::kMinimum : ZeroPoint::kCode, heads, kHeadDim, kSets, group_size, kPageTokens / 16};
+    const ZeroPoint zero = p.rotate.minimum ? ZeroPoint::kMinimum : ZeroPoint::kCode;
+    const RotatePageLayout l{2, zero, heads, kHeadDim, kSets, group_size, kPageTokens / 16};
     const std::byte* const keys = at.bytes + int64_t{at.head * (kPageTokens / 16) + at.piece} * kKeyBytes;
 #pragma unroll
     for (int i = 0; i < kKeyBytes / 16 / kWarp; ++i) {
@@ -79,9 +82,10 @@ struct RotatePageCodec {
     const int set = lane % 8 / 2;
     const int half = lane % 2;
     const int64_t row = int64_t{at.piece} * groups + (at.head * kSets + set) * kHeadDim / group_size;
-    if (lane < 8) ptx::copy_16_async(stage + kValueScalesAt + set * 32 + 16 * half, at.bytes + l.value_scale_offset() + row * 32 + 16 * half);
+    std::byte* const to = stage + set * 32 + 16 * half;
+    if (lane < 8) ptx::copy_16_async(to + kValueScalesAt, at.bytes + l.value_scale_offset() + row * 32 + 16 * half);
     else if (lane < 16 && 16 * half < zero_bytes)
-      ptx::copy_16_async(stage + kValueZerosAt + set * 32 + 16 * half, at.bytes + l.value_zero_offset() + row * zero_bytes + 16 * half);
+      ptx::copy_16_async(to + kValueZerosAt, at.bytes + l.value_zero_offset() + row * zero_bytes + 16 * half);
   }
 
   // ---- queries -----------------------------------------------------------------------------------------------------
@@ -107,7 +111,7 @@ struct RotatePageCodec {
       for (int r = 0; r < 2; ++r) {
         // Rows k = 8 r + 2 t and the next at column n = 8 x + g.
         const int n = 8 * x + lane / 4;
-        const auto entry = [n](int k) -> uint32_t { return 0x2c00U | static_cast<uint32_t>(__popc(static_cast<unsigned>(k & n)) & 1) << 15; };
+        const auto entry = [n](int k) { return 0x2c00U | static_cast<uint32_t>(__popc(static_cast<unsigned>(k & n)) & 1) << 15; };
         const int k = 8 * r + lane % 4 * 2;
         query.hadamard[x][r] = entry(k) | entry(k + 1) << 16;
       }
@@ -288,7 +292,7 @@ struct RotatePageCodec {
             uint32_t& high = y[1][s][u][r];
             butterfly(low, high);
             const uint32_t a = low;
-            low = ptx::sub_halves(ptx::mul_halves(a, cos), ptx::mul_halves(high, sin));
+            low = ptx::negative_fma_halves(high, sin, ptx::mul_halves(a, cos));
             high = ptx::fma_halves(a, sin, ptx::mul_halves(high, cos));
           }
         }
@@ -412,7 +416,8 @@ struct RotatePageCodec {
     static __device__ __forceinline__ void copy(const PagedDecode& p, std::byte* stage, const UnitAt& at) {
       Block::copy(p, stage, of_head(p, at));
     }
-    static __device__ __forceinline__ void attend(const PagedDecode& p, const std::byte* stage, const UnitAt& at, Query& query, State& state) {
+    static __device__ __forceinline__ void attend(const PagedDecode& p, const std::byte* stage, const UnitAt& at, Query& query,
+                                                  State& state) {
       const UnitAt one = of_head(p, at);
       const int set = one.head % kSets;
       if (set != query.set) {

@@ -68,7 +68,9 @@ class RotateStoreWarp {
 
   static __device__ __forceinline__ bool fits(uint32_t half) { return (half & 0x7c00U) != 0x7c00U; }
   static __device__ __forceinline__ uint32_t half_bits(float x) { return __half_as_ushort(__float2half_rn(x)); }
-  static __device__ __forceinline__ float half_value(uint32_t bits) { return __half2float(__ushort_as_half(static_cast<unsigned short>(bits))); }
+  static __device__ __forceinline__ float half_value(uint32_t bits) {
+    return __half2float(__ushort_as_half(static_cast<unsigned short>(bits)));
+  }
 
   /// Scale and zero point of every group, into the page and into shared memory. @param order null: groups are neighbours
   /// @return false where the token is refused

@@ -78,11 +78,20 @@ uint32_t on_halves(uint32_t x, uint32_t y, uint32_t z, const F& f) {
 }
 }  // namespace emulated
 
-inline uint32_t add_halves(uint32_t x, uint32_t y) { return emulated::on_halves(x, y, 0, [](double a, double b, double) { return a + b; }); }
-inline uint32_t sub_halves(uint32_t x, uint32_t y) { return emulated::on_halves(x, y, 0, [](double a, double b, double) { return a - b; }); }
-inline uint32_t mul_halves(uint32_t x, uint32_t y) { return emulated::on_halves(x, y, 0, [](double a, double b, double) { return a * b; }); }
+inline uint32_t add_halves(uint32_t x, uint32_t y) {
+  return emulated::on_halves(x, y, 0, [](double a, double b, double) { return a + b; });
+}
+inline uint32_t sub_halves(uint32_t x, uint32_t y) {
+  return emulated::on_halves(x, y, 0, [](double a, double b, double) { return a - b; });
+}
+inline uint32_t mul_halves(uint32_t x, uint32_t y) {
+  return emulated::on_halves(x, y, 0, [](double a, double b, double) { return a * b; });
+}
 inline uint32_t fma_halves(uint32_t x, uint32_t y, uint32_t z) {
   return emulated::on_halves(x, y, z, [](double a, double b, double c) { return a * b + c; });
+}
+inline uint32_t negative_fma_halves(uint32_t x, uint32_t y, uint32_t z) {
+  return emulated::on_halves(x, y, z, [](double a, double b, double c) { return c - a * b; });
 }
 
 inline void load_matrices_transposed(uint32_t (&r)[4], const void* row) {

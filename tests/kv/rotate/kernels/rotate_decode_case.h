@@ -23,7 +23,9 @@ struct DecodeCase {
     for (size_t i = 0; i < order.size(); ++i) key_group[order[i]] = static_cast<uint16_t>(i / group_size);
     for (const int group : key_group) key_offsets.push_back(rotate_key_offset(group, layout.n_quant_groups()));
     const int half = shape.head_dim / 2;
-    const auto turn = [&](int64_t position, int pair) { return static_cast<double>(position) * std::pow(1e4, -static_cast<double>(pair) / half); };
+    const auto turn = [&](int64_t position, int pair) {
+      return static_cast<double>(position) * std::pow(1e4, -static_cast<double>(pair) / half);
+    };
     for (int page = 0; page < paged.table_stride; ++page) {
       for (int pair = 0; pair < half; ++pair) {
         const double angle = turn(int64_t{page} * PagedCase::kPageTokens, pair);
@@ -51,8 +53,8 @@ struct DecodeCase {
   }
 
   kernels::PagedRotate params() const {
-    return {layout.n_quant_groups(), layout.zero == ZeroPoint::kMinimum, key_offsets.data(), reinterpret_cast<const uint4*>(token_table.data()),
-            page_table.data()};
+    return {layout.n_quant_groups(), layout.zero == ZeroPoint::kMinimum, key_offsets.data(),
+            reinterpret_cast<const uint4*>(token_table.data()), page_table.data()};
   }
 
   std::vector<float> expected() const {

@@ -12,12 +12,14 @@ namespace {
 using kernels::testing::PagedCase;
 
 void expect_reference(const PagedCase::Shape& shape, ZeroPoint zero, int group_size, int blocks) {
-  using Kernel = kernels::PagedDecodeKernel<RotatePageCodec, RotatePageCodec::Exact, kRotateHeadDim, kRotateHeads, 2, 2, PagedCase::kPageTokens>;
+  using Kernel = kernels::PagedDecodeKernel<RotatePageCodec, RotatePageCodec::Exact, kRotateHeadDim, kRotateHeads, 2, 2,
+                                            PagedCase::kPageTokens>;
   testing::DecodeCase test(shape, zero, group_size);
   const kernels::PagedDecodeGrid grid{blocks, Kernel::kThreads / 32};
   kernels::PagedDecode p = test.paged.params(grid);
   const int batch = static_cast<int>(shape.lens.size());
-  const auto bytes = kernels::paged_decode_workspace_bytes(grid, batch, shape.n_kv_heads / kRotateHeads, kRotateHeads * shape.n_q, shape.head_dim);
+  const auto bytes = kernels::paged_decode_workspace_bytes(grid, batch, shape.n_kv_heads / kRotateHeads, kRotateHeads * shape.n_q,
+                                                           shape.head_dim);
   const rotunda::testing::AlignedBytes workspace(static_cast<size_t>(bytes), 0xff);
   std::memset(workspace.get(), 0, static_cast<size_t>(batch) * shape.n_kv_heads * 4);
   p.workspace = workspace.get();
