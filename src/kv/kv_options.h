@@ -1,5 +1,7 @@
 #pragma once
 
+#include <algorithm>
+#include <cstdint>
 #include <initializer_list>
 #include <string>
 #include <utility>
@@ -23,6 +25,14 @@ struct ExactOptions {
   int sinks = 20;   ///< largest entries of a layer's input that choose tokens to keep; 0: none
   SinkSelect sink_select = SinkSelect::kPrompt;
   int n_first = 0;  ///< first tokens of a sequence, kept whatever their entries are
+  /// Tokens that are packed together, because they share a scale: 1, 16 or 32. They begin at a multiple of it and stay in 16 bits until
+  /// all of them are older than the `recent` newest.
+  int pack_group = 1;
+
+  /// Tokens that the window holds at most.
+  int64_t longest_window() const { return int64_t{recent} + pack_group - 1; }
+  /// How many tokens of a sequence of `kv_len` are packed.
+  int64_t packed_len(int64_t kv_len) const { return std::max<int64_t>(0, kv_len - recent) / pack_group * pack_group; }
 };
 
 /// The value of option `key`, which `spec` has. @throws Error{kUser} naming format, option, got and expected where it is

@@ -78,9 +78,9 @@ void PagedCache::truncate(SeqId seq, int64_t kv_len) {
   Sequence& target = own(seq);
   ROTUNDA_CHECK(kv_len >= 0 && kv_len <= target.kv_len, "kv cache: truncate sequence ", seq, " to ", kv_len, " tokens, it has ",
                 target.kv_len);
+  target.stored_len = on_truncate(seq, target, kv_len);
   if (target.extra) target.extra->truncate(kv_len);
   target.kv_len = kv_len;
-  target.stored_len = std::min(target.stored_len, kv_len);
   drop_pages(target, target.stored_len);
 }
 

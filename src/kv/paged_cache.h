@@ -1,5 +1,6 @@
 #pragma once
 
+#include <algorithm>
 #include <functional>
 #include <map>
 #include <memory>
@@ -89,6 +90,8 @@ class PagedCache : public KvCache {
 
   /// How many tokens are in pages once the sequence has grown to `kv_len`; at least sequence.stored_len.
   virtual int64_t stored_len_after(const Sequence& sequence, int64_t kv_len) const = 0;
+  /// Called before a sequence forgets all but its first `kv_len` tokens, its pages still there. @return how many tokens stay in pages
+  virtual int64_t on_truncate(SeqId, Sequence& sequence, int64_t kv_len) const { return std::min(sequence.stored_len, kv_len); }
   virtual std::unique_ptr<PagedCacheExtra> make_extra() const { return nullptr; }
   /// Called once all pages of the step are there.
   virtual void on_begin_step(const Step&) {}

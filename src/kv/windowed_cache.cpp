@@ -37,9 +37,9 @@ std::pair<std::vector<int64_t>, std::vector<int64_t>> sinks_between(const LayerS
 class WindowedCache::Exact final : public PagedCacheExtra {
  public:
   Exact(const KvModel& model, const ExactOptions& options)
-      : rope_lens_(static_cast<size_t>(ExactStore(1, 16, options.recent).n_slots())) {
+      : pack_group_(options.pack_group), rope_lens_(static_cast<size_t>(ExactStore(1, 16, options.longest_window()).n_slots())) {
     for (int layer = 0; layer < model.n_layers; ++layer) {
-      windows_.emplace_back(model.n_kv_heads, model.head_dim, options.recent);
+      windows_.emplace_back(model.n_kv_heads, model.head_dim, options.longest_window());
       sinks_.emplace_back(model.n_kv_heads, model.head_dim, options.sinks, options.n_first);
     }
   }
@@ -66,6 +66,7 @@ class WindowedCache::Exact final : public PagedCacheExtra {
   std::vector<int64_t>& rope_lens() { return rope_lens_; }
 
  private:
+  int pack_group_;
   std::vector<ExactStore> windows_;
   std::vector<LayerSinks> sinks_;
   std::vector<int64_t> rope_lens_;
@@ -82,6 +83,9 @@ void WindowedCache::Exact::export_to(ops::TensorBundle& bundle) const {
 
 void WindowedCache::Exact::import_from(const ops::TensorBundle& bundle, int64_t kv_len) {
   const int64_t n_slots = static_cast<int64_t>(rope_lens_.size());
+  const int64_t stored_len = bundle.meta_int("rotunda.stored_len");
+  ROTUNDA_CHECK(stored_len % pack_group_ == 0 && kv_len - stored_len <= n_slots, bundle.origin, ": rotunda.stored_len is ", stored_len,
+                " of ", kv_len, " tokens, expected a multiple of ", pack_group_, " and ", n_slots, " tokens beside it at most");
   const at::Tensor lens = bundle.get("window_rope_lens", at::kLong, {n_slots}).contiguous();
   rope_lens_.assign(lens.data_ptr<int64_t>(), lens.data_ptr<int64_t>() + n_slots);
   for (size_t layer = 0; layer < windows_.size(); ++layer) {
@@ -134,14 +138,50 @@ int64_t WindowedCache::rope_len_in_window(const Chunk& chunk, int64_t position) 
 // ---- life of a step ------------------------------------------------------------------------------------------------
 
 int64_t WindowedCache::stored_len_after(const Sequence& sequence, int64_t kv_len) const {
-  return std::max(sequence.stored_len, kv_len - exact_.recent);
+  return std::max(sequence.stored_len, exact_.packed_len(kv_len));
+}
+
+// The rest of a group that is cut off stands in the window again: sinks as they are, other tokens as their packed form reads.
+int64_t WindowedCache::on_truncate(SeqId seq, Sequence& sequence, int64_t kv_len) const {
+  if (kv_len >= sequence.stored_len) return sequence.stored_len;
+  const int64_t stored_len = kv_len / exact_.pack_group * exact_.pack_group;
+  Chunk chunk{};
+  chunk.sequence = &sequence;
+  chunk.seq = seq;
+  chunk.first = chunk.kv_len = chunk.rope_len = kv_len;
+  chunk.stored_len = stored_len;
+  Exact& exact = exact_of(chunk);
+  const int64_t head_floats = int64_t{model().head_dim} * kTokenBlock;
+  const at::Tensor keys = at::empty({channels(), kTokenBlock}, at::kFloat);
+  const at::Tensor values = at::empty({model().n_kv_heads, kTokenBlock, model().head_dim}, at::kFloat);
+  for (int layer = 0; layer < model().n_layers && stored_len < kv_len; ++layer) {
+    ExactStore& window = exact.window(layer);
+    const StoredTokens tokens = stored_tokens(layer, chunk);
+    for (int64_t block = stored_len / kTokenBlock; block * kTokenBlock < kv_len; ++block) {
+      tokens.load_block(block, keys.data_ptr<float>(), kTokenBlock, values.data_ptr<float>(), head_floats);
+      const at::Tensor key_rows = keys.t().contiguous();
+      const at::Tensor value_rows = values.transpose(0, 1).contiguous();
+      for (int64_t position = block * kTokenBlock; position < std::min(kv_len, (block + 1) * kTokenBlock); ++position) {
+        const int64_t row = position % kTokenBlock * channels();
+        const bool fits = window.write(exact.slot(position), key_rows.data_ptr<float>() + row, value_rows.data_ptr<float>() + row);
+        ROTUNDA_ASSERT(fits, "a packed token that 16 bits cannot hold");
+      }
+    }
+    const auto [sinks, sink_slots] = sinks_between(exact.sinks(layer), stored_len, kv_len);
+    for (size_t i = 0; i < sinks.size(); ++i) {
+      exact.sinks(layer).store().read(sink_slots[i], keys.data_ptr<float>(), values.data_ptr<float>());
+      window.write(exact.slot(sinks[i]), keys.data_ptr<float>(), values.data_ptr<float>());
+    }
+  }
+  for (int64_t position = stored_len; position < kv_len; ++position) exact.rope_lens()[exact.slot(position)] = kv_len;
+  return stored_len;
 }
 
 std::unique_ptr<PagedCacheExtra> WindowedCache::make_extra() const { return std::make_unique<Exact>(model(), exact_); }
 
 void WindowedCache::on_end_step(const Step& step) {
   undo_.clear();
-  if (exact_.recent == 0) return;
+  if (exact_.longest_window() == 0) return;
   for (const Chunk& chunk : step.chunks) {
     Exact& exact = exact_of(chunk);
     for (int64_t position = std::max(chunk.first, chunk.stored_len); position < chunk.kv_len; ++position)
@@ -184,7 +224,7 @@ at::Tensor WindowedCache::attend_layer(int layer, const Step& step, const Attend
     const Rows rows = step_rows.from(chunk.row * channels());
     prepare_undo(layer, chunk);
     if (step.kind == StepKind::kQuantizeAll) {
-      store_rows(layer, chunk, 0, chunk.kv_len, rows);
+      store_rows(layer, chunk, 0, whole_groups(chunk.kv_len), rows);
       update_sinks(layer, chunk, in.hidden, rows, /*choose=*/true);
       out.narrow(0, chunk.row, chunk.n_tokens).copy_(quantize_all_attention(layer, chunk, q, k, v));
       update_window(layer, chunk, rows);
@@ -222,7 +262,7 @@ void WindowedCache::prepare_undo(int layer, const Chunk& chunk) {
   undo.layer = layer;
   if (chunk.n_tokens > 1) {
     undo.window = exact.window(layer);
-  } else if (exact_.recent > 0) {
+  } else if (exact_.longest_window() > 0) {
     undo.slot = exact.slot(chunk.first);
     undo.key.resize(static_cast<size_t>(channels()));
     undo.value.resize(undo.key.size());
@@ -234,8 +274,7 @@ void WindowedCache::prepare_undo(int layer, const Chunk& chunk) {
 // Sinks, then whatever leaves the window (or never enters it) to the pages, then the window.
 void WindowedCache::append(int layer, const Chunk& chunk, const at::Tensor& hidden, const Rows& rows) {
   update_sinks(layer, chunk, hidden, rows, exact_.sink_select == SinkSelect::kRunning || chunk.is_prompt);
-  store_leaving(layer, chunk);
-  const int64_t first = std::max(chunk.first, chunk.sequence->stored_len);
+  const int64_t first = store_leaving(layer, chunk, rows);
   store_rows(layer, chunk, first, chunk.stored_len, rows.from((first - chunk.first) * channels()));
   update_window(layer, chunk, rows);
 }
@@ -255,17 +294,18 @@ void WindowedCache::throw_not_finite(int layer, const Chunk& chunk, int64_t firs
 }
 
 // Writes rows (of tokens first .. end - 1) to their pages, block by block on all threads. Pairs of blocks stay together,
-// because a format may keep a word for both.
+// because a format may keep a word for both, or a scale.
 void WindowedCache::store_rows(int layer, const Chunk& chunk, int64_t first, int64_t end, const Rows& rows) const {
   if (first >= end) return;
+  const int64_t unit = std::max<int64_t>(kTokenBlock, exact_.pack_group);
   const int64_t first_block = first / kTokenBlock;
   const int64_t end_block = (end + kTokenBlock - 1) / kTokenBlock;
   std::atomic<bool> finite{true};
   at::parallel_for(first_block / 2, (end_block + 1) / 2, 2, [&](int64_t begin_pair, int64_t end_pair) {
     std::vector<float> made;
-    for (int64_t block = std::max(first_block, 2 * begin_pair); block < std::min(end_block, 2 * end_pair); ++block) {
-      const int64_t low = std::max(first, block * kTokenBlock);
-      const int64_t high = std::min(end, (block + 1) * kTokenBlock);
+    for (int64_t low = std::max(first, 2 * begin_pair * kTokenBlock), high; low < std::min(end, 2 * end_pair * kTokenBlock); low = high) {
+      high = std::min(end, (low / unit + 1) * unit);
+      const int64_t block = low / kTokenBlock;
       const Rows own = rows.from((low - first) * channels());
       const float* key = own.packable;
       if (key == nullptr) {
@@ -282,17 +322,24 @@ void WindowedCache::store_rows(int layer, const Chunk& chunk, int64_t first, int
   if (!finite) throw_not_finite(layer, chunk, first, end);
 }
 
-void WindowedCache::store_leaving(int layer, const Chunk& chunk) const {
+// The tokens that leave the window, and with them the new ones of their group. @return the first new token that is left
+int64_t WindowedCache::store_leaving(int layer, const Chunk& chunk, const Rows& rows) const {
   const TokenRange leaving = leaving_window(chunk);
-  if (leaving.first >= leaving.end) return;
+  if (leaving.first >= leaving.end) return chunk.first;
   const Exact& exact = exact_of(chunk);
-  std::vector<float> key(static_cast<size_t>((leaving.end - leaving.first) * channels()));
+  const int64_t end = whole_groups(leaving.end + exact_.pack_group - 1);
+  std::vector<float> key(static_cast<size_t>((end - leaving.first) * channels()));
   std::vector<float> value(key.size());
   for (int64_t position = leaving.first; position < leaving.end; ++position) {
     const int64_t offset = (position - leaving.first) * channels();
     exact.window(layer).read(exact.slot(position), key.data() + offset, value.data() + offset);
   }
-  store_rows(layer, chunk, leaving.first, leaving.end, {nullptr, key.data(), value.data()});
+  const int64_t from_window = (leaving.end - leaving.first) * channels();
+  const int64_t from_rows = (end - leaving.end) * channels();
+  std::copy_n(rows.turned, from_rows, key.data() + from_window);
+  std::copy_n(rows.value, from_rows, value.data() + from_window);
+  store_rows(layer, chunk, leaving.first, end, {nullptr, key.data(), value.data()});
+  return std::max(chunk.first, end);
 }
 
 void WindowedCache::update_window(int layer, const Chunk& chunk, const Rows& rows) const {
@@ -344,7 +391,8 @@ void WindowedCache::add_slots(ops::TileAttention& attention, const ExactStore& s
   add_exact(attention, k_t, v, at::tensor(positions, at::kLong), first_query, n_queries, rep(), visible);
 }
 
-// Every query sees stored keys and values, its own too, but for sinks and, at distances below `recent`, exact ones.
+// Every query sees stored keys and values, its own too, but for sinks and, at distances below `recent`, exact ones. The tokens of a
+// group that is not whole are exact at any distance.
 at::Tensor WindowedCache::quantize_all_attention(int layer, const Chunk& chunk, const at::Tensor& q,
                                                  const at::Tensor& k, const at::Tensor& v) const {
   const int64_t n_tokens = chunk.n_tokens;
@@ -354,7 +402,8 @@ at::Tensor WindowedCache::quantize_all_attention(int layer, const Chunk& chunk, 
   const at::Tensor k_t = own(k).to(at::kHalf).to(at::kFloat).permute({1, 2, 0});  // [n_kv_heads, head_dim, T]
   const at::Tensor v_heads =
       own(v).view({n_tokens, model().n_kv_heads, model().head_dim}).to(at::kHalf).to(at::kFloat).transpose(0, 1);
-  const auto [sink_positions, sink_slots] = sinks_between(exact_of(chunk).sinks(layer), 0, n_tokens);
+  const int64_t packed = whole_groups(n_tokens);
+  const auto [sink_positions, sink_slots] = sinks_between(exact_of(chunk).sinks(layer), 0, packed);
   std::vector<int64_t> excluded = sink_positions;
   std::sort(excluded.begin(), excluded.end());
   const StoredTokens tokens = stored_tokens(layer, chunk);
@@ -363,16 +412,17 @@ at::Tensor WindowedCache::quantize_all_attention(int layer, const Chunk& chunk, 
   for (int64_t first = 0; first < n_tokens; first += kTileTokens) {
     const int64_t count = std::min(kTileTokens, n_tokens - first);
     ops::TileAttention attention(ops::stack_query_heads(own(q).narrow(0, first, count), model().n_kv_heads));
-    add_stored(attention, tokens, 0, n_tokens, excluded, first, count, rep(), {window, recent});
+    add_stored(attention, tokens, 0, packed, excluded, first, count, rep(), {window, recent});
     add_slots(attention, exact_of(chunk).sinks(layer).store(), sink_positions, sink_slots, first, count,
               {window, recent});
-    if (recent > 0) {
-      const int64_t begin = std::max<int64_t>(0, first - recent + 1);
-      const int64_t length = first + count - begin;
-      add_exact(attention, k_t.narrow(2, begin, length), v_heads.narrow(1, begin, length),
-                at::arange(begin, begin + length, at::kLong), first, count, rep(),
-                {window == 0 ? recent : std::min(window, recent), 0});
-    }
+    const auto add_newest = [&](int64_t begin, int64_t end, Visibility visible) {
+      if (begin >= end) return;
+      add_exact(attention, k_t.narrow(2, begin, end - begin), v_heads.narrow(1, begin, end - begin), at::arange(begin, end, at::kLong), first,
+                count, rep(), visible);
+    };
+    if (recent > 0)
+      add_newest(std::max<int64_t>(0, first - recent + 1), std::min(first + count, packed), {window == 0 ? recent : std::min(window, recent), 0});
+    add_newest(packed, first + count, {window, 0});
     out.narrow(0, first, count).copy_(ops::unstack_query_heads(attention.finish(), count));
   }
   return out;
@@ -454,9 +504,9 @@ void WindowedCache::decode_exact(int layer, const Chunk& chunk, const DecodeTask
 }
 
 int64_t planned_windowed_bytes(const ExactOptions& exact, const KvModel& model, int64_t page_bytes, int64_t kv_len) {
-  const int64_t stored = std::max<int64_t>(0, kv_len - exact.recent);
+  const int64_t stored = exact.packed_len(kv_len);
   const int64_t pages = (stored + kPageTokens - 1) / kPageTokens;
-  const int64_t window = ExactStore(model.n_kv_heads, model.head_dim, exact.recent).bytes();
+  const int64_t window = ExactStore(model.n_kv_heads, model.head_dim, exact.longest_window()).bytes();
   // How many different tokens own the largest entries is only known at run time; this is the most.
   const int64_t n_sinks = std::min<int64_t>(int64_t{exact.sinks} + exact.n_first, kv_len);
   const int64_t sinks = ExactStore(model.n_kv_heads, model.head_dim, n_sinks).bytes();

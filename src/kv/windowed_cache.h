@@ -23,12 +23,15 @@ class LayerSinks;
 
 /// What packed formats share: packed pages, and beside them, in fp16, the newest tokens (a ring of slots, the window)
 /// and the sinks. A token is packed when it leaves the window; a sink keeps its packed copy too, which attention masks.
+/// Where tokens share a scale (ExactOptions::pack_group) they leave the window together, and come back to it together where a
+/// sequence is cut off in their middle.
 ///
 /// In the window and among the sinks keys are kept after RoPE (with its attention factor) and values as given; queries
 /// meet them after RoPE, times the softmax scale. What a key looks like in a page is the format's affair: it fills in
 /// the hooks below. Values of all tokens, exact and packed, stand in one basis, the one they are given in.
 ///
-/// The hooks are called only while a step is open; those marked "threads" from several threads at once.
+/// The hooks are called only while a step is open (stored_tokens() also where a sequence is cut off within a pack_group); those
+/// marked "threads" from several threads at once.
 class WindowedCache : public PagedCache {
  public:
   ~WindowedCache() override;
@@ -57,14 +60,14 @@ class WindowedCache : public PagedCache {
 
   /// Makes rows for store() out of keys after RoPE, in place. Tokens that leave the window come this way, and new ones
   /// where new_keys() gave no packable rows. Threads.
-  /// @param first position of the first token; first .. first + n_tokens - 1 lie in one block of 16
+  /// @param first position of the first token; first .. first + n_tokens - 1 lie in one block of 16, or are a pack_group of 32
   /// @param keys [n_tokens][kv_channels] fp32 as NewKeys::turned; a token of the window has been through fp16
   virtual void make_packable(int layer, const Chunk& chunk, int64_t first, int64_t n_tokens, float* keys) const = 0;
 
   /// Packs tokens into one block of 16; other tokens of the block stay as they are. Threads, each with other pairs of
-  /// blocks 2 i and 2 i + 1 of a page, so that the two may share a word.
-  /// @param page the page's bytes   @param block within the page
-  /// @param first within the block; first + n_tokens <= 16
+  /// blocks 2 i and 2 i + 1 of a page, so that the two may share a word. A pack_group comes whole: 16 tokens are a block, 32 a pair.
+  /// @param page the page's bytes   @param block within the page; of a pair the first
+  /// @param first within the block; first + n_tokens <= 16, or 0 and 32 for a pair
   /// @param key [n_tokens][kv_channels] packable rows   @param value [n_tokens][kv_channels] fp32, as given
   /// @return false where an element is not finite or the format cannot hold it; the tokens' bytes are then unspecified
   virtual bool store(int layer, std::byte* page, int block, int first, int n_tokens, const float* key,
@@ -124,8 +127,11 @@ class WindowedCache : public PagedCache {
   };
 
   static Exact& exact_of(const Chunk& chunk);
+  /// The tokens 0 .. n_tokens - 1 that are in whole groups.
+  int64_t whole_groups(int64_t n_tokens) const { return n_tokens / exact_.pack_group * exact_.pack_group; }
 
   int64_t stored_len_after(const Sequence& sequence, int64_t kv_len) const final;
+  int64_t on_truncate(SeqId seq, Sequence& sequence, int64_t kv_len) const final;
   std::unique_ptr<PagedCacheExtra> make_extra() const final;
   void on_end_step(const Step& step) final;
   void on_abort_step(const Step& step) final;
@@ -136,7 +142,7 @@ class WindowedCache : public PagedCache {
   void append(int layer, const Chunk& chunk, const at::Tensor& hidden, const Rows& rows);
   void update_sinks(int layer, const Chunk& chunk, const at::Tensor& hidden, const Rows& rows, bool choose);
   void store_rows(int layer, const Chunk& chunk, int64_t first, int64_t end, const Rows& rows) const;
-  void store_leaving(int layer, const Chunk& chunk) const;
+  int64_t store_leaving(int layer, const Chunk& chunk, const Rows& rows) const;
   void update_window(int layer, const Chunk& chunk, const Rows& rows) const;
   [[noreturn]] void throw_not_finite(int layer, const Chunk& chunk, int64_t first, int64_t end) const;
 

@@ -31,6 +31,8 @@ class NegativePages final : public WindowedCache {
   NegativePages(const KvModel& model, const ExactOptions& exact, int64_t n_lost)
       : WindowedCache({"negative", {}, {}}, model, exact, layout_of(model).page_bytes(), 8 * model.kv_channels(), 0),
         layout_(layout_of(model)),
+        group_(exact.pack_group),
+        unit_(std::max(16, exact.pack_group)),
         n_lost_(n_lost) {}
 
   // Whether some pair of blocks was stored by two threads.
@@ -42,7 +44,7 @@ class NegativePages final : public WindowedCache {
   }
 
   void make_packable(int, const Chunk&, int64_t first, int64_t n_tokens, float* keys) const override {
-    EXPECT_EQ(first / 16, (first + n_tokens - 1) / 16);
+    EXPECT_EQ(first / unit_, (first + n_tokens - 1) / unit_);
     for (int64_t i = 0; i < n_tokens; ++i) {
       for (int64_t c = 0; c < channels(); ++c) {
         float& x = keys[i * channels() + c];
@@ -53,6 +55,10 @@ class NegativePages final : public WindowedCache {
 
   bool store(int, std::byte* page, int block, int first, int n_tokens, const float* key,
              const float* value) const override {
+    EXPECT_LE(block * 16 % unit_ + first + n_tokens, unit_);
+    if (group_ > 1) {
+      EXPECT_EQ(n_tokens, group_);
+    }
     {
       const std::lock_guard lock(mutex_);
       const auto pair = stored_by_.try_emplace({page, block / 2}, std::this_thread::get_id()).first;
@@ -90,6 +96,8 @@ class NegativePages final : public WindowedCache {
   }
 
   kernels::PlainPageLayout layout_;
+  int group_;
+  int unit_;  // tokens that store() gets at most
   int64_t n_lost_;
   mutable std::mutex mutex_;
   mutable std::map<std::pair<std::byte*, int>, std::thread::id> stored_by_;
@@ -192,6 +200,38 @@ TEST_P(WindowedCacheTest, FirstTokensSurviveSavingForkingAndTruncating) {
   }
 }
 
+// Also where a group is cut off, again and again, and where its other tokens are shared with a sequence that goes on.
+TEST_P(WindowedCacheTest, TruncatingAnywhereLosesNothing) {
+  NegativePages made = cache();
+  const SeqId seq = made.create();
+  step(made, seq, 0, 190);
+  const SeqId other = made.fork(seq);
+  for (const int64_t keep : {189, 161, 160, 159, 131, 97, 96, 33, 31, 5}) {
+    made.truncate(seq, keep);
+    const SeqId branch = made.fork(seq);
+    std::vector<at::Tensor> outs;
+    for (int64_t t = keep; t < std::min<int64_t>(keep + 40, kTokens); ++t) outs.push_back(step(made, branch, t, t + 1, false));
+    EXPECT_LT(nmse(at::cat(outs, 1), expected_.slice(1, keep, keep + 40)), kTolerance) << keep;
+    EXPECT_LT(nmse(step(made, made.fork(seq), keep, kTokens, false), expected_.slice(1, keep)), kTolerance) << keep;
+  }
+  EXPECT_LT(nmse(step(made, other, 190, kTokens), expected_.slice(1, 190)), kTolerance);
+}
+
+TEST_P(WindowedCacheTest, SavedSequenceWithAPartOfAGroupInPagesIsRefused) {
+  NegativePages made = cache();
+  const SeqId seq = made.create();
+  step(made, seq, 0, 150);
+  const ops::TensorBundle good = made.export_sequence(seq);
+  const int64_t stored_len = good.meta_int("rotunda.stored_len");
+  EXPECT_EQ(stored_len, (150 - GetParam().recent) / GetParam().pack_group * GetParam().pack_group);
+  for (const int64_t wrong : {stored_len - 64, stored_len + 1}) {
+    if (wrong > stored_len && GetParam().pack_group == 1) continue;
+    ops::TensorBundle bundle = good;
+    bundle.metadata["rotunda.stored_len"] = std::to_string(wrong);
+    EXPECT_THROW(made.import_sequence(bundle), Error) << wrong;
+  }
+}
+
 TEST_P(WindowedCacheTest, SavedSequenceOfOtherFirstTokensIsRefused) {
   NegativePages made = cache();
   const SeqId seq = made.create();
@@ -231,10 +271,12 @@ INSTANTIATE_TEST_SUITE_P(Options, WindowedCacheTest,
                          ::testing::Values(ExactOptions{.recent = 0, .sinks = 0},
                                            ExactOptions{.recent = 24, .sinks = 0},
                                            ExactOptions{.recent = 0, .sinks = 3},
-                                           ExactOptions{.recent = 40, .sinks = 3, .sink_select = SinkSelect::kRunning}),
+                                           ExactOptions{.recent = 40, .sinks = 3, .sink_select = SinkSelect::kRunning},
+                                           ExactOptions{.recent = 0, .sinks = 0, .pack_group = 32},
+                                           ExactOptions{.recent = 20, .sinks = 0, .pack_group = 16},
+                                           ExactOptions{.recent = 40, .sinks = 3, .sink_select = SinkSelect::kRunning, .pack_group = 32}),
                          [](const auto& info) {
-                           return "recent" + std::to_string(info.param.recent) + "sinks" +
-                                  std::to_string(info.param.sinks);
+                           return concat("recent", info.param.recent, "sinks", info.param.sinks, "group", info.param.pack_group);
                          });
 
 }  // namespace
