@@ -25,16 +25,17 @@ using testing::random_text;
 using testing::small_model;
 using testing::Text;
 
-std::string option_names(const KvFormat& format) {
-  std::string names;
+// What formats that run the same code share.
+std::string kind_of(const KvFormat& format) {
+  std::string names = format.calibration_name() + ": ";
   for (const KvOption& option : format.options()) names += option.name + " ";
   return names;
 }
 
-// The first of the formats that have the same options. The others run the same code with other numbers.
+// The first of the formats that share a calibration and have the same options. The others run the same code with other numbers.
 bool first_of_its_kind(const KvFormat& format) {
   for (const auto& other : kv_registry().all())
-    if (option_names(*other) == option_names(format)) return other->name() == format.name();
+    if (kind_of(*other) == kind_of(format)) return other->name() == format.name();
   return true;
 }
 
