@@ -54,7 +54,7 @@ std::vector<std::string> all_specs() {
       if (option.name == "reorder") specs.push_back(name + ":reorder=group"), specs.push_back(name + ":reorder=none");
       if (option.name == "sink_select") specs.push_back(name + ":sink_select=running,recent=16");
       if (option.name == "sinks") specs.push_back(name + (option.default_value == "0" ? ":sinks=5" : ":sinks=0"));
-      if (option.name == "zero") specs.push_back(name + ":zero=minimum,recent=0");
+      if (option.name == "zero") specs.push_back(name + (option.default_value == "minimum" ? ":zero=code,recent=0" : ":zero=minimum,recent=0"));
       if (option.name == "group") specs.push_back(name + ":group=32,recent=16");
       if (option.name == "block") specs.push_back(name + ":block=64,clamp=symmetric,recent=16");
       if (option.name == "ksort") specs.push_back(name + ":ksort=calibration"), specs.push_back(name + ":ksort=none,recent=7");

@@ -1,7 +1,6 @@
 #include "kv/kivi/kivi_cache.h"
 
 #include "base/check.h"
-#include "kv/kivi/kernels/kivi_codec.h"
 #include "kv/windowed_cache.h"
 
 namespace rotunda::kv::kivi {
@@ -10,9 +9,10 @@ namespace {
 
 class KiviCache final : public WindowedCache {
  public:
-  KiviCache(const KvSpec& spec, const KvModel& model, const ExactOptions& exact, const KiviPageLayout& layout)
+  KiviCache(const KvSpec& spec, const KvModel& model, const ExactOptions& exact, ZeroPoint zero, const KiviPageLayout& layout)
       : WindowedCache(spec, model, exact, layout.page_bytes(), 2 * model.n_kv_heads * layout.codes_bytes() / layout.page_tokens(),
                       4 * model.n_kv_heads * layout.scale_bytes() / layout.page_tokens()),
+        zero_(zero),
         layout_(layout) {}
 
  private:
@@ -21,7 +21,7 @@ class KiviCache final : public WindowedCache {
 
   bool store(int, std::byte* page, int block, int first, int n_tokens, const float* key, const float* value) const override {
     ROTUNDA_ASSERT(block * kTokenBlock % kGroup == 0 && first == 0 && n_tokens == kGroup);
-    return kivi_store({&layout_, key, value, channels(), block * kTokenBlock / kGroup, page});
+    return kivi_store({&layout_, zero_, key, value, channels(), block * kTokenBlock / kGroup, page});
   }
 
   StoredTokens stored_tokens(int layer, const Chunk& chunk) const override {
@@ -41,13 +41,15 @@ class KiviCache final : public WindowedCache {
     };
   }
 
+  ZeroPoint zero_;
   KiviPageLayout layout_;
 };
 
 }  // namespace
 
-std::unique_ptr<KvCache> make_kivi_cache(const KvSpec& spec, const KvModel& model, const ExactOptions& exact, const KiviPageLayout& layout) {
-  return std::make_unique<KiviCache>(spec, model, exact, layout);
+std::unique_ptr<KvCache> make_kivi_cache(const KvSpec& spec, const KvModel& model, const ExactOptions& exact, ZeroPoint zero,
+                                         const KiviPageLayout& layout) {
+  return std::make_unique<KiviCache>(spec, model, exact, zero, layout);
 }
 
 }  // namespace rotunda::kv::kivi

@@ -15,26 +15,39 @@ KiviPageLayout layout_of(int bits, const KvModel& model) { return {bits, model.n
 
 }  // namespace
 
+struct KiviFormat::Options {
+  ExactOptions exact = kDefaults;
+  ZeroPoint zero = ZeroPoint::kMinimum;
+};
+
 std::string KiviFormat::name() const { return concat("kivi", bits_); }
 
 std::string KiviFormat::summary() const {
   return concat("KIVI (arXiv:2402.02750): ", bits_, "-bit keys per channel and values per token, 32 to a scale");
 }
 
-std::vector<KvOption> KiviFormat::options() const { return describe_exact_options(kDefaults); }
+std::vector<KvOption> KiviFormat::options() const {
+  std::vector<KvOption> options = describe_exact_options(kDefaults);
+  options.push_back({"zero", "minimum", "what code 0 stands for: a group's minimum (minimum, as published) or the multiple of its scale nearest to it (code)"});
+  return options;
+}
 
-ExactOptions KiviFormat::exact_options(const KvSpec& spec) const {
-  ExactOptions exact = kDefaults;
+KiviFormat::Options KiviFormat::read(const KvSpec& spec) const {
+  Options read;
   for (const auto& [key, text] : spec.options) {
-    if (parse_exact_option(spec, key, exact)) continue;
+    if (parse_exact_option(spec, key, read.exact)) continue;
+    if (key == "zero") {
+      read.zero = parse_choice<ZeroPoint>(spec, key, {{"minimum", ZeroPoint::kMinimum}, {"code", ZeroPoint::kCode}});
+      continue;
+    }
     std::string known;
     for (const KvOption& option : options()) known += (known.empty() ? "" : ", ") + option.name;
     throw_user_error(concat(spec.format, ": option '", key, "' is unknown, expected one of: ", known));
   }
-  return exact;
+  return read;
 }
 
-void KiviFormat::validate(const KvSpec& spec) const { exact_options(spec); }
+void KiviFormat::validate(const KvSpec& spec) const { read(spec); }
 
 std::optional<std::string> KiviFormat::unsupported_reason(const KvSpec&, const KvModel& model) const {
   if (const auto reason = device_unsupported_reason(*this, model, /*has_cuda_half=*/false)) return reason;
@@ -43,13 +56,14 @@ std::optional<std::string> KiviFormat::unsupported_reason(const KvSpec&, const K
 }
 
 int64_t KiviFormat::planned_bytes(const KvSpec& spec, const KvModel& model, int64_t kv_len) const {
-  return planned_windowed_bytes(exact_options(spec), model, layout_of(bits_, model).page_bytes(), kv_len);
+  return planned_windowed_bytes(read(spec).exact, model, layout_of(bits_, model).page_bytes(), kv_len);
 }
 
 std::unique_ptr<KvCache> KiviFormat::make_cache(const KvSpec& spec, const KvModel& model, const ops::TensorBundle&) const {
   const auto reason = unsupported_reason(spec, model);
   ROTUNDA_CHECK(!reason, *reason);
-  return make_kivi_cache(spec, model, exact_options(spec), layout_of(bits_, model));
+  const Options options = read(spec);
+  return make_kivi_cache(spec, model, options.exact, options.zero, layout_of(bits_, model));
 }
 
 }  // namespace rotunda::kv::kivi

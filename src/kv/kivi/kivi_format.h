@@ -20,7 +20,9 @@ class KiviFormat : public KvFormat {
   std::unique_ptr<KvCache> make_cache(const KvSpec& spec, const KvModel& model, const ops::TensorBundle& setup) const override;
 
  private:
-  ExactOptions exact_options(const KvSpec& spec) const;
+  struct Options;
+  /// @throws Error{kUser} naming format, option, got and expected.
+  Options read(const KvSpec& spec) const;
 
   int bits_;
 };

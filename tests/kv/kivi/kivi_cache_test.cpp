@@ -22,7 +22,10 @@ constexpr int64_t kGroup = 32;
 
 at::Tensor fp16(const at::Tensor& x) { return x.to(at::kFloat).to(at::kHalf).to(at::kDouble); }
 
-/// KIVI, arXiv:2402.02750, equation 1, the last dimension a group: z = min, s = (max - min) / (2^B - 1), Q = round((x - z) / s).
+/// Codes of the last dimension, a group.
+using Method = std::function<at::Tensor(const at::Tensor&)>;
+
+/// KIVI, arXiv:2402.02750: z = min, s = (max - min) / (2^B - 1), Q = round((x - z) / s).
 at::Tensor min_max(const at::Tensor& x, int bits) {
   const double top = std::pow(2.0, bits) - 1;
   const at::Tensor zero = fp16(x.amin(-1, true));
@@ -30,16 +33,24 @@ at::Tensor min_max(const at::Tensor& x, int bits) {
   return scale * ((x - zero) / scale).round().clamp(0, top) + zero;
 }
 
-/// Per channel over 32 tokens; the tokens of a group that is not whole as they are. x [T, d]
-at::Tensor coded_keys(const at::Tensor& x, int bits) {
-  const int64_t whole = x.size(0) / kGroup * kGroup;
-  const at::Tensor groups = x.slice(0, 0, whole).view({-1, kGroup, x.size(1)}).transpose(1, 2);
-  return at::cat({min_max(groups, bits).transpose(1, 2).reshape({whole, x.size(1)}), x.slice(0, whole)});
+/// The same with z a multiple of s.
+at::Tensor integer_zero(const at::Tensor& x, int bits) {
+  const double top = std::pow(2.0, bits) - 1;
+  const at::Tensor scale = fp16((x.amax(-1, true) - x.amin(-1, true)) / top);
+  const at::Tensor zero = fp16((x.amin(-1, true) / scale).round() * scale);
+  return scale * ((x - zero) / scale).round().clamp(0, top) + zero;
 }
 
-at::Tensor coded_values(const at::Tensor& x, int bits) {
+/// Per channel over 32 tokens; the tokens of a group that is not whole as they are. x [T, d]
+at::Tensor coded_keys(const at::Tensor& x, const Method& method) {
   const int64_t whole = x.size(0) / kGroup * kGroup;
-  return at::cat({min_max(x.slice(0, 0, whole).view({whole, -1, kGroup}), bits).view({whole, x.size(1)}), x.slice(0, whole)});
+  const at::Tensor groups = x.slice(0, 0, whole).view({-1, kGroup, x.size(1)}).transpose(1, 2);
+  return at::cat({method(groups).transpose(1, 2).reshape({whole, x.size(1)}), x.slice(0, whole)});
+}
+
+at::Tensor coded_values(const at::Tensor& x, const Method& method) {
+  const int64_t whole = x.size(0) / kGroup * kGroup;
+  return at::cat({method(x.slice(0, 0, whole).view({whole, -1, kGroup})).view({whole, x.size(1)}), x.slice(0, whole)});
 }
 
 struct Case {
@@ -48,10 +59,13 @@ struct Case {
   int bits;
   int64_t recent;
   int64_t first = 0;
+  at::Tensor (*quantizer)(const at::Tensor&, int) = min_max;
+
+  at::Tensor operator()(const at::Tensor& x) const { return quantizer(x, bits); }
 };
 
 /// @param exact (looking token, token looked at) -> whether it is seen in 16 bits
-at::Tensor method_attention(const KvModel& model, const Text& text, int64_t n_tokens, int bits,
+at::Tensor method_attention(const KvModel& model, const Text& text, int64_t n_tokens, const Method& method,
                             const std::function<bool(int64_t, int64_t)>& exact) {
   const int64_t rep = model.n_heads / model.n_kv_heads;
   const auto [cos, sin] = model.rope.cos_sin(at::arange(n_tokens, at::kLong), n_tokens);
@@ -67,10 +81,10 @@ at::Tensor method_attention(const KvModel& model, const Text& text, int64_t n_to
     for (int64_t head = 0; head < model.n_heads; ++head) {
       const at::Tensor key = k.select(1, head / rep), value = v.select(1, head / rep), query = q.select(1, head);
       const at::Tensor scores =
-          at::where(is_exact, at::matmul(query, key.t()), at::matmul(query, coded_keys(key, bits).t())) * model.softmax_scale;
+          at::where(is_exact, at::matmul(query, key.t()), at::matmul(query, coded_keys(key, method).t())) * model.softmax_scale;
       const at::Tensor p = scores.masked_fill(later, -std::numeric_limits<double>::infinity()).softmax(-1);
       heads.push_back(at::matmul(p.masked_fill(is_exact.logical_not(), 0.0), value) +
-                      at::matmul(p.masked_fill(is_exact, 0.0), coded_values(value, bits)));
+                      at::matmul(p.masked_fill(is_exact, 0.0), coded_values(value, method)));
     }
     outs.push_back(at::stack(heads, 1));
   }
@@ -97,7 +111,7 @@ class KiviCacheTest : public ::testing::TestWithParam<Case> {
 
 TEST_P(KiviCacheTest, QuantizeAllIsTheMethod) {
   const SeqId seq = fused_.cache().create();
-  const at::Tensor expected = method_attention(model_, text_, kTokens, GetParam().bits, [](int64_t i, int64_t j) {
+  const at::Tensor expected = method_attention(model_, text_, kTokens, GetParam(), [](int64_t i, int64_t j) {
     return i - j < GetParam().recent || j < GetParam().first;
   });
   EXPECT_LT(nmse(fused_.step({{seq, &text_, 0, kTokens}}, StepKind::kQuantizeAll), expected), kTolerance);
@@ -107,7 +121,7 @@ TEST_P(KiviCacheTest, DecodingTokenByTokenIsTheMethod) {
   const SeqId seq = fused_.cache().create();
   std::vector<at::Tensor> outs;
   for (int64_t t = 0; t < kTokens; ++t) outs.push_back(fused_.step({{seq, &text_, t, t + 1}}));
-  const at::Tensor expected = method_attention(model_, text_, kTokens, GetParam().bits, [](int64_t i, int64_t j) {
+  const at::Tensor expected = method_attention(model_, text_, kTokens, GetParam(), [](int64_t i, int64_t j) {
     return !whole_group_is_older(i + 1, j) || j < GetParam().first;
   });
   EXPECT_LT(nmse(at::cat(outs, 1), expected), kPackedLaterTolerance);
@@ -123,7 +137,7 @@ TEST_P(KiviCacheTest, ChunksAreTheMethod) {
     outs.push_back(fused_.step({{seq, &text_, begin, end}}));
     begin = end;
   }
-  const at::Tensor expected = method_attention(model_, text_, kTokens, GetParam().bits, [&](int64_t i, int64_t j) {
+  const at::Tensor expected = method_attention(model_, text_, kTokens, GetParam(), [&](int64_t i, int64_t j) {
     const int64_t chunk_end = *std::upper_bound(ends.begin(), ends.end(), i);
     const int64_t chunk_begin = i < ends[0] ? 0 : *(std::upper_bound(ends.begin(), ends.end(), i) - 1);
     // One token alone is appended before it looks around.
@@ -145,7 +159,8 @@ TEST_P(KiviCacheTest, BytesAreThoseOfWholeGroupsAndTheWindow) {
 
 INSTANTIATE_TEST_SUITE_P(Formats, KiviCacheTest,
                          ::testing::Values(Case{"kivi2", 2, 128}, Case{"kivi4", 4, 128}, Case{"kivi2:recent=0", 2, 0},
-                                           Case{"kivi4:recent=0", 4, 0}, Case{"kivi2:recent=20", 2, 20}, Case{"kivi4:recent=64,first=6", 4, 64, 6}));
+                                           Case{"kivi4:recent=0", 4, 0}, Case{"kivi2:recent=20", 2, 20}, Case{"kivi4:recent=64,first=6", 4, 64, 6},
+                                           Case{"kivi2:recent=40,zero=code", 2, 40, 0, integer_zero}));
 
 TEST(KiviOptions, WhatDoesNotFitIsRefusedInOneLine) {
   const auto refusal = [&](const std::string& text, int head_dim) -> std::string {
@@ -161,7 +176,8 @@ TEST(KiviOptions, WhatDoesNotFitIsRefusedInOneLine) {
   };
   EXPECT_EQ(refusal("kivi2:recent=0,first=4", 96), "");
   EXPECT_EQ(refusal("kivi2", 80), "kivi2: its group of 32 channels does not divide head_dim 80");
-  EXPECT_EQ(refusal("kivi4:group=64", 64), "kivi4: option 'group' is unknown, expected one of: recent, first, sinks, sink_select");
+  EXPECT_EQ(refusal("kivi4:group=64", 64), "kivi4: option 'group' is unknown, expected one of: recent, first, sinks, sink_select, zero");
+  EXPECT_EQ(refusal("kivi4:zero=none", 64), "kivi4: option zero=none, expected one of: minimum, code");
   EXPECT_EQ(refusal("kivi4:recent=-1", 64), "kivi4: option recent=-1, expected a number from 0 to 1048576");
 }
 

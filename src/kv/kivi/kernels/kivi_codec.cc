@@ -32,7 +32,7 @@ void unpack(int bits, const uint32_t* from, int n, float* codes) { bits == 2 ? u
 
 /// One group.
 /// @param x element i at i * stride   @param codes [kGroup * bits / 32]   @param scale, low where their fp16 bits go
-bool quantize(int bits, const float* x, int64_t stride, uint32_t* codes, std::byte* scale, std::byte* low) {
+bool quantize(int bits, ZeroPoint zero, const float* x, int64_t stride, uint32_t* codes, std::byte* scale, std::byte* low) {
   float least = x[0];
   float most = x[0];
   for (int i = 0; i < kGroup; ++i) {
@@ -41,10 +41,10 @@ bool quantize(int bits, const float* x, int64_t stride, uint32_t* codes, std::by
     most = std::max(most, x[i * stride]);
   }
   const auto top = static_cast<float>((1 << bits) - 1);
-  const Half low_bits = to_half(least);
   const Half scale_bits = to_half((most - least) / top);
-  const float z = to_float(low_bits);
   const float s = to_float(scale_bits);
+  const Half low_bits = to_half(zero == ZeroPoint::kMinimum || s == 0.0F ? least : std::nearbyint(least / s) * s);
+  const float z = to_float(low_bits);
   // Also what is decoded is to be a number of 16 bits, which a window can hold.
   if (!std::isfinite(z) || !std::isfinite(to_float(to_half(s * top + z)))) return false;
   std::fill_n(codes, bits, 0u);
@@ -145,14 +145,14 @@ bool kivi_store(const KiviStoreParams& p) {
     auto* const value_codes = reinterpret_cast<uint32_t*>(p.page + l.value_codes_offset(head));
     for (int c = 0; c < l.head_dim; ++c) {
       const int64_t group = int64_t{p.span} * l.head_dim + c;
-      if (!quantize(l.bits, p.key + column + c, p.row_stride, key_codes + group * l.bits, p.page + l.key_scale_offset(head) + group * 2,
-                    p.page + l.key_low_offset(head) + group * 2))
+      if (!quantize(l.bits, p.zero, p.key + column + c, p.row_stride, key_codes + group * l.bits,
+                    p.page + l.key_scale_offset(head) + group * 2, p.page + l.key_low_offset(head) + group * 2))
         return false;
     }
     for (int64_t t = 0; t < kGroup; ++t) {
       for (int g = 0; g < l.value_groups(); ++g) {
         const int64_t group = (first + t) * l.value_groups() + g;
-        if (!quantize(l.bits, p.value + t * p.row_stride + column + int64_t{g} * kGroup, 1, value_codes + group * l.bits,
+        if (!quantize(l.bits, p.zero, p.value + t * p.row_stride + column + int64_t{g} * kGroup, 1, value_codes + group * l.bits,
                       p.page + l.value_scale_offset(head) + group * 2, p.page + l.value_low_offset(head) + group * 2))
           return false;
       }

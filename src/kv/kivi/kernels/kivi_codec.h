@@ -8,9 +8,16 @@
 
 namespace rotunda::kv::kivi {
 
+/// Which number code 0 stands for.
+enum class ZeroPoint : uint8_t {
+  kMinimum,  ///< the group's smallest element (as published)
+  kCode,     ///< the multiple of the scale that is nearest to it, so that 0 is on the grid
+};
+
 /// Quantizes the 32 tokens of one span.
 struct KiviStoreParams {
   const KiviPageLayout* layout;
+  ZeroPoint zero;
   const float* key;    ///< [32][n_kv_heads * head_dim]; row_stride in elements
   const float* value;  ///< the same
   int64_t row_stride;
@@ -18,8 +25,9 @@ struct KiviStoreParams {
   std::byte* page;
 };
 
-/// A group x of 32, fp32 throughout: low = fp16(min x), scale = fp16((max x - min x) / (2^bits - 1)), code = round((x - low) / scale), ties to
-/// even, clamped; a code stands for scale * code + low. A group whose scale is 0 has codes 0.
+/// A group x of 32, fp32 throughout: scale = fp16((max x - min x) / (2^bits - 1)); low = fp16(min x), or with ZeroPoint::kCode
+/// fp16(round(min x / scale) * scale); code = round((x - low) / scale), ties to even, clamped; a code stands for scale * code + low. A group
+/// whose scale is 0 has low = fp16(min x) and codes 0.
 /// @return false where an element is not finite, or low or what the largest code stands for overflows fp16; the span's bytes are then
 /// unspecified
 bool kivi_store(const KiviStoreParams& params);

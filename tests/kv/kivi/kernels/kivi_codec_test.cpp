@@ -42,7 +42,7 @@ TEST(KiviStore, BytesAreThoseOfTheDocument) {
     }
   }
   AlignedBytes page(l.page_bytes(), 0xff);
-  ASSERT_TRUE(kivi_store({&l, key.data(), value.data(), 32, 1, page.get()}));
+  ASSERT_TRUE(kivi_store({&l, ZeroPoint::kMinimum, key.data(), value.data(), 32, 1, page.get()}));
   const auto word = [&](int64_t offset, int bytes) {
     uint32_t bits = 0;
     std::memcpy(&bits, page.get() + offset, static_cast<size_t>(bytes));
@@ -79,7 +79,7 @@ TEST(KiviStore, EveryElementBecomesTheNearestLevel) {
       const int top = (1 << bits) - 1;
       const std::vector<float> key = random_rows(32 * channels, 1, 4.0F), value = random_rows(32 * channels, 2, 0.01F);
       AlignedBytes page(l.page_bytes(), 0xff);
-      ASSERT_TRUE(kivi_store({&l, key.data(), value.data(), channels, 1, page.get()}));
+      ASSERT_TRUE(kivi_store({&l, ZeroPoint::kMinimum, key.data(), value.data(), channels, 1, page.get()}));
       const auto check = [&](bool is_key, int head, int token, int channel, const std::vector<float>& group, int index) {
         const double low = fp16(*std::min_element(group.begin(), group.end()));
         const double most = *std::max_element(group.begin(), group.end()), least = *std::min_element(group.begin(), group.end());
@@ -109,19 +109,33 @@ TEST(KiviStore, EveryElementBecomesTheNearestLevel) {
 }
 
 struct OneGroup {
-  explicit OneGroup(int bits) : l{bits, 1, 32, 2} {}
+  explicit OneGroup(int bits, ZeroPoint made = ZeroPoint::kMinimum) : l{bits, 1, 32, 2}, zero(made) {}
   // The elements that x, a value of one token, becomes; nothing where it is refused.
   std::vector<double> decoded(const std::vector<float>& x) const {
     std::vector<float> key(32 * 32, 0.0F), value(32 * 32, 0.0F);
     std::copy(x.begin(), x.end(), value.begin() + 5 * 32);
     AlignedBytes page(l.page_bytes(), 0xff);
     std::vector<double> y;
-    if (!kivi_store({&l, key.data(), value.data(), 32, 0, page.get()})) return y;
+    if (!kivi_store({&l, zero, key.data(), value.data(), 32, 0, page.get()})) return y;
     for (int c = 0; c < 32; ++c) y.push_back(element_ref(l, page.get(), false, 0, 5, c));
     return y;
   }
   KiviPageLayout l;
+  ZeroPoint zero;
 };
+
+// From -1.25 to 1.75 in steps of 1: with the minimum as zero point the ends are exact, with a code -1.25 is read as -1, and 0 is exact.
+TEST(KiviStore, ZeroPoints) {
+  std::vector<float> x(32, 0.0F);
+  x[1] = -1.25F;
+  x[2] = 1.75F;
+  std::vector<double> minimum(32, -0.25), code(32, 0.0);
+  minimum[1] = -1.25, minimum[2] = 1.75;
+  code[1] = -1.0, code[2] = 2.0;
+  EXPECT_EQ(OneGroup(2).decoded(x), minimum);
+  EXPECT_EQ(OneGroup(2, ZeroPoint::kCode).decoded(x), code);
+  EXPECT_EQ(OneGroup(4, ZeroPoint::kCode).decoded(std::vector<float>(32, 3.25F)), std::vector<double>(32, 3.25)) << "no scale to be a multiple of";
+}
 
 TEST(KiviStore, ConstantTinyAndHugeGroups) {
   for (const int bits : {2, 4}) {
@@ -153,9 +167,9 @@ TEST(KiviStore, BadKeysAreRefusedToo) {
   AlignedBytes page(l.page_bytes());
   for (const float bad : {kInf, std::nanf(""), 1e6F}) {
     std::vector<float> key(32 * 32, 1.0F);
-    ASSERT_TRUE(kivi_store({&l, key.data(), value.data(), 32, 0, page.get()}));
+    ASSERT_TRUE(kivi_store({&l, ZeroPoint::kMinimum, key.data(), value.data(), 32, 0, page.get()}));
     key[31 * 32 + 31] = bad;
-    EXPECT_FALSE(kivi_store({&l, key.data(), value.data(), 32, 0, page.get()})) << bad;
+    EXPECT_FALSE(kivi_store({&l, ZeroPoint::kMinimum, key.data(), value.data(), 32, 0, page.get()})) << bad;
   }
 }
 
@@ -169,7 +183,7 @@ struct Pages {
       pointers.push_back(bytes.back().get());
       for (int span = 0; span < l.spans(); ++span) {
         const std::vector<float> rows = random_rows(2 * 32 * channels, static_cast<unsigned>(50 + 8 * i + span));
-        EXPECT_TRUE(kivi_store({&l, rows.data(), rows.data() + 32 * channels, channels, span, bytes.back().get()}));
+        EXPECT_TRUE(kivi_store({&l, ZeroPoint::kMinimum, rows.data(), rows.data() + 32 * channels, channels, span, bytes.back().get()}));
       }
     }
     masks.assign(static_cast<size_t>(n) * l.blocks_per_page, 0xffff);
