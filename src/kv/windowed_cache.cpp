@@ -37,7 +37,8 @@ std::pair<std::vector<int64_t>, std::vector<int64_t>> sinks_between(const LayerS
 class WindowedCache::Exact final : public PagedCacheExtra {
  public:
   Exact(const KvModel& model, const ExactOptions& options)
-      : pack_group_(options.pack_group), rope_lens_(static_cast<size_t>(ExactStore(1, 16, options.longest_window()).n_slots())) {
+      : pack_group_(options.pack_group),
+        rope_lens_(static_cast<size_t>(ExactStore(1, 16, options.longest_window()).n_slots())) {
     for (int layer = 0; layer < model.n_layers; ++layer) {
       windows_.emplace_back(model.n_kv_heads, model.head_dim, options.longest_window());
       sinks_.emplace_back(model.n_kv_heads, model.head_dim, options.sinks, options.n_first);
@@ -84,8 +85,9 @@ void WindowedCache::Exact::export_to(ops::TensorBundle& bundle) const {
 void WindowedCache::Exact::import_from(const ops::TensorBundle& bundle, int64_t kv_len) {
   const int64_t n_slots = static_cast<int64_t>(rope_lens_.size());
   const int64_t stored_len = bundle.meta_int("rotunda.stored_len");
-  ROTUNDA_CHECK(stored_len % pack_group_ == 0 && kv_len - stored_len <= n_slots, bundle.origin, ": rotunda.stored_len is ", stored_len,
-                " of ", kv_len, " tokens, expected a multiple of ", pack_group_, " and ", n_slots, " tokens beside it at most");
+  ROTUNDA_CHECK(stored_len % pack_group_ == 0 && kv_len - stored_len <= n_slots, bundle.origin,
+                ": rotunda.stored_len is ", stored_len, " of ", kv_len, " tokens, expected a multiple of ", pack_group_,
+                " and ", n_slots, " tokens beside it at most");
   const at::Tensor lens = bundle.get("window_rope_lens", at::kLong, {n_slots}).contiguous();
   rope_lens_.assign(lens.data_ptr<int64_t>(), lens.data_ptr<int64_t>() + n_slots);
   for (size_t layer = 0; layer < windows_.size(); ++layer) {
@@ -163,7 +165,8 @@ int64_t WindowedCache::on_truncate(SeqId seq, Sequence& sequence, int64_t kv_len
       const at::Tensor value_rows = values.transpose(0, 1).contiguous();
       for (int64_t position = block * kTokenBlock; position < std::min(kv_len, (block + 1) * kTokenBlock); ++position) {
         const int64_t row = position % kTokenBlock * channels();
-        const bool fits = window.write(exact.slot(position), key_rows.data_ptr<float>() + row, value_rows.data_ptr<float>() + row);
+        const bool fits =
+            window.write(exact.slot(position), key_rows.data_ptr<float>() + row, value_rows.data_ptr<float>() + row);
         ROTUNDA_ASSERT(fits, "a packed token that 16 bits cannot hold");
       }
     }
@@ -303,7 +306,8 @@ void WindowedCache::store_rows(int layer, const Chunk& chunk, int64_t first, int
   std::atomic<bool> finite{true};
   at::parallel_for(first_block / 2, (end_block + 1) / 2, 2, [&](int64_t begin_pair, int64_t end_pair) {
     std::vector<float> made;
-    for (int64_t low = std::max(first, 2 * begin_pair * kTokenBlock), high; low < std::min(end, 2 * end_pair * kTokenBlock); low = high) {
+    for (int64_t low = std::max(first, 2 * begin_pair * kTokenBlock), high;
+         low < std::min(end, 2 * end_pair * kTokenBlock); low = high) {
       high = std::min(end, (low / unit + 1) * unit);
       const int64_t block = low / kTokenBlock;
       const Rows own = rows.from((low - first) * channels());
@@ -417,11 +421,12 @@ at::Tensor WindowedCache::quantize_all_attention(int layer, const Chunk& chunk, 
               {window, recent});
     const auto add_newest = [&](int64_t begin, int64_t end, Visibility visible) {
       if (begin >= end) return;
-      add_exact(attention, k_t.narrow(2, begin, end - begin), v_heads.narrow(1, begin, end - begin), at::arange(begin, end, at::kLong), first,
-                count, rep(), visible);
+      add_exact(attention, k_t.narrow(2, begin, end - begin), v_heads.narrow(1, begin, end - begin),
+                at::arange(begin, end, at::kLong), first, count, rep(), visible);
     };
     if (recent > 0)
-      add_newest(std::max<int64_t>(0, first - recent + 1), std::min(first + count, packed), {window == 0 ? recent : std::min(window, recent), 0});
+      add_newest(std::max<int64_t>(0, first - recent + 1), std::min(first + count, packed),
+                 {window == 0 ? recent : std::min(window, recent), 0});
     add_newest(packed, first + count, {window, 0});
     out.narrow(0, first, count).copy_(ops::unstack_query_heads(attention.finish(), count));
   }

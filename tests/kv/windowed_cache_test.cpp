@@ -210,7 +210,8 @@ TEST_P(WindowedCacheTest, TruncatingAnywhereLosesNothing) {
     made.truncate(seq, keep);
     const SeqId branch = made.fork(seq);
     std::vector<at::Tensor> outs;
-    for (int64_t t = keep; t < std::min<int64_t>(keep + 40, kTokens); ++t) outs.push_back(step(made, branch, t, t + 1, false));
+    for (int64_t t = keep; t < std::min<int64_t>(keep + 40, kTokens); ++t)
+      outs.push_back(step(made, branch, t, t + 1, false));
     EXPECT_LT(nmse(at::cat(outs, 1), expected_.slice(1, keep, keep + 40)), kTolerance) << keep;
     EXPECT_LT(nmse(step(made, made.fork(seq), keep, kTokens, false), expected_.slice(1, keep)), kTolerance) << keep;
   }
@@ -267,17 +268,17 @@ TEST_P(WindowedCacheTest, PlannedBytesCountFirstTokens) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(Options, WindowedCacheTest,
-                         ::testing::Values(ExactOptions{.recent = 0, .sinks = 0},
-                                           ExactOptions{.recent = 24, .sinks = 0},
-                                           ExactOptions{.recent = 0, .sinks = 3},
-                                           ExactOptions{.recent = 40, .sinks = 3, .sink_select = SinkSelect::kRunning},
-                                           ExactOptions{.recent = 0, .sinks = 0, .pack_group = 32},
-                                           ExactOptions{.recent = 20, .sinks = 0, .pack_group = 16},
-                                           ExactOptions{.recent = 40, .sinks = 3, .sink_select = SinkSelect::kRunning, .pack_group = 32}),
-                         [](const auto& info) {
-                           return concat("recent", info.param.recent, "sinks", info.param.sinks, "group", info.param.pack_group);
-                         });
+INSTANTIATE_TEST_SUITE_P(
+    Options, WindowedCacheTest,
+    ::testing::Values(ExactOptions{.recent = 0, .sinks = 0}, ExactOptions{.recent = 24, .sinks = 0},
+                      ExactOptions{.recent = 0, .sinks = 3},
+                      ExactOptions{.recent = 40, .sinks = 3, .sink_select = SinkSelect::kRunning},
+                      ExactOptions{.recent = 0, .sinks = 0, .pack_group = 32},
+                      ExactOptions{.recent = 20, .sinks = 0, .pack_group = 16},
+                      ExactOptions{.recent = 40, .sinks = 3, .sink_select = SinkSelect::kRunning, .pack_group = 32}),
+    [](const auto& info) {
+      return concat("recent", info.param.recent, "sinks", info.param.sinks, "group", info.param.pack_group);
+    });
 
 }  // namespace
 }  // namespace rotunda::kv

@@ -11,7 +11,9 @@ namespace {
 // The residual length of the paper's experiments.
 constexpr ExactOptions kDefaults{.recent = 128, .sinks = 0, .pack_group = kGroup};
 
-KiviPageLayout layout_of(int bits, const KvModel& model) { return {bits, model.n_kv_heads, model.head_dim, kBlocksPerPage}; }
+KiviPageLayout layout_of(int bits, const KvModel& model) {
+  return {bits, model.n_kv_heads, model.head_dim, kBlocksPerPage};
+}
 
 }  // namespace
 
@@ -28,7 +30,9 @@ std::string KiviFormat::summary() const {
 
 std::vector<KvOption> KiviFormat::options() const {
   std::vector<KvOption> options = describe_exact_options(kDefaults);
-  options.push_back({"zero", "minimum", "what code 0 stands for: a group's minimum (minimum, as published) or the multiple of its scale nearest to it (code)"});
+  options.push_back({"zero", "minimum",
+                     "what code 0 stands for: a group's minimum (minimum, as published) or the multiple of its scale "
+                     "nearest to it (code)"});
   return options;
 }
 
@@ -51,7 +55,8 @@ void KiviFormat::validate(const KvSpec& spec) const { read(spec); }
 
 std::optional<std::string> KiviFormat::unsupported_reason(const KvSpec&, const KvModel& model) const {
   if (const auto reason = device_unsupported_reason(*this, model, /*has_cuda_half=*/false)) return reason;
-  if (model.head_dim % kGroup != 0) return concat(name(), ": its group of ", kGroup, " channels does not divide head_dim ", model.head_dim);
+  if (model.head_dim % kGroup != 0)
+    return concat(name(), ": its group of ", kGroup, " channels does not divide head_dim ", model.head_dim);
   return std::nullopt;
 }
 
@@ -59,7 +64,8 @@ int64_t KiviFormat::planned_bytes(const KvSpec& spec, const KvModel& model, int6
   return planned_windowed_bytes(read(spec).exact, model, layout_of(bits_, model).page_bytes(), kv_len);
 }
 
-std::unique_ptr<KvCache> KiviFormat::make_cache(const KvSpec& spec, const KvModel& model, const ops::TensorBundle&) const {
+std::unique_ptr<KvCache> KiviFormat::make_cache(const KvSpec& spec, const KvModel& model,
+                                                const ops::TensorBundle&) const {
   const auto reason = unsupported_reason(spec, model);
   ROTUNDA_CHECK(!reason, *reason);
   const Options options = read(spec);

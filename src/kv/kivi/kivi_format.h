@@ -17,7 +17,8 @@ class KiviFormat : public KvFormat {
   void validate(const KvSpec& spec) const override;
   std::optional<std::string> unsupported_reason(const KvSpec& spec, const KvModel& model) const override;
   int64_t planned_bytes(const KvSpec& spec, const KvModel& model, int64_t kv_len) const override;
-  std::unique_ptr<KvCache> make_cache(const KvSpec& spec, const KvModel& model, const ops::TensorBundle& setup) const override;
+  std::unique_ptr<KvCache> make_cache(const KvSpec& spec, const KvModel& model,
+                                      const ops::TensorBundle& setup) const override;
 
  private:
   struct Options;

@@ -69,19 +69,23 @@ at::Tensor method_attention(const KvModel& model, const Text& text, int64_t n_to
                             const std::function<bool(int64_t, int64_t)>& exact) {
   const int64_t rep = model.n_heads / model.n_kv_heads;
   const auto [cos, sin] = model.rope.cos_sin(at::arange(n_tokens, at::kLong), n_tokens);
-  const auto turned = [&](const at::Tensor& x) { return ops::apply_rope(x.slice(0, 0, n_tokens), cos, sin).to(at::kDouble); };
+  const auto turned = [&](const at::Tensor& x) {
+    return ops::apply_rope(x.slice(0, 0, n_tokens), cos, sin).to(at::kDouble);
+  };
   at::Tensor is_exact = at::zeros({n_tokens, n_tokens}, at::kBool);
   for (int64_t i = 0; i < n_tokens; ++i)
     for (int64_t j = 0; j < n_tokens; ++j) is_exact.data_ptr<bool>()[i * n_tokens + j] = exact(i, j);
   const at::Tensor later = at::ones({n_tokens, n_tokens}, at::kBool).triu(1);
   std::vector<at::Tensor> outs;
   for (int layer = 0; layer < model.n_layers; ++layer) {
-    const at::Tensor q = turned(text.q[layer]), k = turned(text.k[layer]), v = text.v[layer].slice(0, 0, n_tokens).to(at::kDouble);
+    const at::Tensor q = turned(text.q[layer]), k = turned(text.k[layer]),
+                     v = text.v[layer].slice(0, 0, n_tokens).to(at::kDouble);
     std::vector<at::Tensor> heads;
     for (int64_t head = 0; head < model.n_heads; ++head) {
       const at::Tensor key = k.select(1, head / rep), value = v.select(1, head / rep), query = q.select(1, head);
       const at::Tensor scores =
-          at::where(is_exact, at::matmul(query, key.t()), at::matmul(query, coded_keys(key, method).t())) * model.softmax_scale;
+          at::where(is_exact, at::matmul(query, key.t()), at::matmul(query, coded_keys(key, method).t())) *
+          model.softmax_scale;
       const at::Tensor p = scores.masked_fill(later, -std::numeric_limits<double>::infinity()).softmax(-1);
       heads.push_back(at::matmul(p.masked_fill(is_exact.logical_not(), 0.0), value) +
                       at::matmul(p.masked_fill(is_exact, 0.0), coded_values(value, method)));
@@ -159,7 +163,8 @@ TEST_P(KiviCacheTest, BytesAreThoseOfWholeGroupsAndTheWindow) {
 
 INSTANTIATE_TEST_SUITE_P(Formats, KiviCacheTest,
                          ::testing::Values(Case{"kivi2", 2, 128}, Case{"kivi4", 4, 128}, Case{"kivi2:recent=0", 2, 0},
-                                           Case{"kivi4:recent=0", 4, 0}, Case{"kivi2:recent=20", 2, 20}, Case{"kivi4:recent=64,first=6", 4, 64, 6},
+                                           Case{"kivi4:recent=0", 4, 0}, Case{"kivi2:recent=20", 2, 20},
+                                           Case{"kivi4:recent=64,first=6", 4, 64, 6},
                                            Case{"kivi2:recent=40,zero=code", 2, 40, 0, integer_zero}));
 
 TEST(KiviOptions, WhatDoesNotFitIsRefusedInOneLine) {
@@ -176,7 +181,8 @@ TEST(KiviOptions, WhatDoesNotFitIsRefusedInOneLine) {
   };
   EXPECT_EQ(refusal("kivi2:recent=0,first=4", 96), "");
   EXPECT_EQ(refusal("kivi2", 80), "kivi2: its group of 32 channels does not divide head_dim 80");
-  EXPECT_EQ(refusal("kivi4:group=64", 64), "kivi4: option 'group' is unknown, expected one of: recent, first, sinks, sink_select, zero");
+  EXPECT_EQ(refusal("kivi4:group=64", 64),
+            "kivi4: option 'group' is unknown, expected one of: recent, first, sinks, sink_select, zero");
   EXPECT_EQ(refusal("kivi4:zero=none", 64), "kivi4: option zero=none, expected one of: minimum, code");
   EXPECT_EQ(refusal("kivi4:recent=-1", 64), "kivi4: option recent=-1, expected a number from 0 to 1048576");
 }

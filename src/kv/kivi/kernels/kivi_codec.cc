@@ -25,14 +25,18 @@ template <int kBits>
 void unpack(const uint32_t* from, int n, float* codes) {
   constexpr int kPerWord = 32 / kBits;
   for (int i = 0; i < n; i += kPerWord)
-    for (int j = 0; j < kPerWord; ++j) codes[i + j] = static_cast<float>(static_cast<int32_t>(from[i / kPerWord] >> kBits * j & ((1u << kBits) - 1)));
+    for (int j = 0; j < kPerWord; ++j)
+      codes[i + j] = static_cast<float>(static_cast<int32_t>(from[i / kPerWord] >> kBits * j & ((1u << kBits) - 1)));
 }
 
-void unpack(int bits, const uint32_t* from, int n, float* codes) { bits == 2 ? unpack<2>(from, n, codes) : unpack<4>(from, n, codes); }
+void unpack(int bits, const uint32_t* from, int n, float* codes) {
+  bits == 2 ? unpack<2>(from, n, codes) : unpack<4>(from, n, codes);
+}
 
 /// One group.
 /// @param x element i at i * stride   @param codes [kGroup * bits / 32]   @param scale, low where their fp16 bits go
-bool quantize(int bits, ZeroPoint zero, const float* x, int64_t stride, uint32_t* codes, std::byte* scale, std::byte* low) {
+bool quantize(int bits, ZeroPoint zero, const float* x, int64_t stride, uint32_t* codes, std::byte* scale,
+              std::byte* low) {
   float least = x[0];
   float most = x[0];
   for (int i = 0; i < kGroup; ++i) {
@@ -63,7 +67,8 @@ bool any_attended(const uint16_t* masks, int n_blocks) {
 
 /// Scores of one page; tokens that are not attended get -inf.
 /// @param folded [n_q][head_dim] for the query times a span's scales   @param codes [32]   @param scores [n_q][page_tokens]
-void page_scores(const KiviDecodeParams& p, const std::byte* page, const uint16_t* masks, float* folded, float* codes, float* scores) {
+void page_scores(const KiviDecodeParams& p, const std::byte* page, const uint16_t* masks, float* folded, float* codes,
+                 float* scores) {
   const KiviPageLayout& l = *p.layout;
   const int64_t n = l.page_tokens();
   const int d = l.head_dim;
@@ -116,7 +121,8 @@ void softmax_step(const KiviDecodeParams& p, int h, float* scores) {
 }
 
 /// @param weights [n_q][page_tokens], 0 where a token is not attended   @param codes [head_dim]
-void add_values(const KiviDecodeParams& p, const std::byte* page, const uint16_t* masks, const float* weights, float* codes) {
+void add_values(const KiviDecodeParams& p, const std::byte* page, const uint16_t* masks, const float* weights,
+                float* codes) {
   const KiviPageLayout& l = *p.layout;
   const int d = l.head_dim;
   for (int64_t t = 0; t < l.page_tokens(); ++t) {
@@ -152,8 +158,9 @@ bool kivi_store(const KiviStoreParams& p) {
     for (int64_t t = 0; t < kGroup; ++t) {
       for (int g = 0; g < l.value_groups(); ++g) {
         const int64_t group = (first + t) * l.value_groups() + g;
-        if (!quantize(l.bits, p.zero, p.value + t * p.row_stride + column + int64_t{g} * kGroup, 1, value_codes + group * l.bits,
-                      p.page + l.value_scale_offset(head) + group * 2, p.page + l.value_low_offset(head) + group * 2))
+        if (!quantize(l.bits, p.zero, p.value + t * p.row_stride + column + int64_t{g} * kGroup, 1,
+                      value_codes + group * l.bits, p.page + l.value_scale_offset(head) + group * 2,
+                      p.page + l.value_low_offset(head) + group * 2))
           return false;
       }
     }
@@ -187,7 +194,8 @@ void kivi_load(const KiviLoadParams& p) {
   for (int c = 0; c < d; ++c) {
     const int64_t group = int64_t{span} * d + c;
     float* const to = p.key_out + c * p.key_stride;
-    unpack(l.bits, key + group * l.bits + p.block * kTokenBlock % kGroup / kTokenBlock * words_per_block, kTokenBlock, to);
+    unpack(l.bits, key + group * l.bits + p.block * kTokenBlock % kGroup / kTokenBlock * words_per_block, kTokenBlock,
+           to);
     const float scale = read_half(p.page + l.key_scale_offset(p.kv_head), group);
     const float low = read_half(p.page + l.key_low_offset(p.kv_head), group);
     for (int t = 0; t < kTokenBlock; ++t) to[t] = scale * to[t] + low;
@@ -198,7 +206,8 @@ void kivi_load(const KiviLoadParams& p) {
     unpack(l.bits, words(p.page + l.value_codes_offset(p.kv_head)) + token * l.value_words(), d, to);
     for (int c = 0; c < d; ++c) {
       const int64_t group = token * l.value_groups() + c / kGroup;
-      to[c] = read_half(p.page + l.value_scale_offset(p.kv_head), group) * to[c] + read_half(p.page + l.value_low_offset(p.kv_head), group);
+      to[c] = read_half(p.page + l.value_scale_offset(p.kv_head), group) * to[c] +
+              read_half(p.page + l.value_low_offset(p.kv_head), group);
     }
   }
 }

@@ -65,8 +65,8 @@ TEST(KiviStore, BytesAreThoseOfTheDocument) {
     EXPECT_EQ(word(2 * codes + 3 * scales + (32 + t) * 2, 2), to_half(static_cast<float>(-t)).bits);
   }
   // Nothing of other spans is written.
-  for (const int64_t offset : {int64_t{0}, int64_t{31 * 8}, int64_t{64 * 8}, codes, codes + 64 * 8, 2 * codes, 2 * codes + 64 * 2,
-                               2 * codes + 2 * scales, 2 * codes + 3 * scales + 64 * 2})
+  for (const int64_t offset : {int64_t{0}, int64_t{31 * 8}, int64_t{64 * 8}, codes, codes + 64 * 8, 2 * codes,
+                               2 * codes + 64 * 2, 2 * codes + 2 * scales, 2 * codes + 3 * scales + 64 * 2})
     EXPECT_EQ(word(offset, 2), 0xffffu) << offset;
 }
 
@@ -80,9 +80,11 @@ TEST(KiviStore, EveryElementBecomesTheNearestLevel) {
       const std::vector<float> key = random_rows(32 * channels, 1, 4.0F), value = random_rows(32 * channels, 2, 0.01F);
       AlignedBytes page(l.page_bytes(), 0xff);
       ASSERT_TRUE(kivi_store({&l, ZeroPoint::kMinimum, key.data(), value.data(), channels, 1, page.get()}));
-      const auto check = [&](bool is_key, int head, int token, int channel, const std::vector<float>& group, int index) {
+      const auto check = [&](bool is_key, int head, int token, int channel, const std::vector<float>& group,
+                             int index) {
         const double low = fp16(*std::min_element(group.begin(), group.end()));
-        const double most = *std::max_element(group.begin(), group.end()), least = *std::min_element(group.begin(), group.end());
+        const double most = *std::max_element(group.begin(), group.end()),
+                     least = *std::min_element(group.begin(), group.end());
         const double scale = fp16((most - least) / top);
         const double got = element_ref(l, page.get(), is_key, head, 32 + token, channel);
         const double code = (got - low) / scale;
@@ -134,7 +136,8 @@ TEST(KiviStore, ZeroPoints) {
   code[1] = -1.0, code[2] = 2.0;
   EXPECT_EQ(OneGroup(2).decoded(x), minimum);
   EXPECT_EQ(OneGroup(2, ZeroPoint::kCode).decoded(x), code);
-  EXPECT_EQ(OneGroup(4, ZeroPoint::kCode).decoded(std::vector<float>(32, 3.25F)), std::vector<double>(32, 3.25)) << "no scale to be a multiple of";
+  EXPECT_EQ(OneGroup(4, ZeroPoint::kCode).decoded(std::vector<float>(32, 3.25F)), std::vector<double>(32, 3.25))
+      << "no scale to be a multiple of";
 }
 
 TEST(KiviStore, ConstantTinyAndHugeGroups) {
@@ -183,7 +186,8 @@ struct Pages {
       pointers.push_back(bytes.back().get());
       for (int span = 0; span < l.spans(); ++span) {
         const std::vector<float> rows = random_rows(2 * 32 * channels, static_cast<unsigned>(50 + 8 * i + span));
-        EXPECT_TRUE(kivi_store({&l, ZeroPoint::kMinimum, rows.data(), rows.data() + 32 * channels, channels, span, bytes.back().get()}));
+        EXPECT_TRUE(kivi_store(
+            {&l, ZeroPoint::kMinimum, rows.data(), rows.data() + 32 * channels, channels, span, bytes.back().get()}));
       }
     }
     masks.assign(static_cast<size_t>(n) * l.blocks_per_page, 0xffff);
@@ -242,7 +246,8 @@ TEST(KiviDecode, EqualsReference) {
         kivi_decode_ref({&pages.l, pages.run(), 1, n_q, q.data(), want.view()});
         kivi_decode({&pages.l, pages.run(), 1, n_q, q.data(), got.view()});
         const std::vector<float> a = got.finish(d), b = want.finish(d);
-        for (size_t i = 0; i < a.size(); ++i) ASSERT_NEAR(a[i], b[i], kTolerance) << bits << " bits " << d << " element " << i;
+        for (size_t i = 0; i < a.size(); ++i)
+          ASSERT_NEAR(a[i], b[i], kTolerance) << bits << " bits " << d << " element " << i;
         for (int h = 0; h < n_q; ++h) ASSERT_NEAR(got.max[h], want.max[h], kTolerance);
       }
     }
