@@ -222,10 +222,6 @@ class CacheCuda final : public PagedCache {
     return host.to(at::kCUDA);
   }
 
-  std::pair<at::Tensor, at::Tensor> angles(int64_t first, int64_t end, int64_t rope_len) const {
-    return model().rope.cos_sin(at::arange(first, end, on_gpu(at::kLong)), rope_len);
-  }
-
   // ---- chunks of several tokens ------------------------------------------------------------------------------------
 
   Prefill prepare_prefill(const Step& step, const Chunk& chunk) {
@@ -259,15 +255,15 @@ class CacheCuda final : public PagedCache {
     return made;
   }
 
-  // What tokens of the window were turned by; each by the length of its own step, which only `dynamic` RoPE looks at.
+  // What tokens of the window were turned by: each by the length of its own step, which only `dynamic` RoPE looks at.
   std::pair<at::Tensor, at::Tensor> window_angles(const Chunk& chunk, int64_t first, int64_t end) const {
-    if (!model().rope.depends_on_length()) return angles(first, end, 0);
-    std::vector<at::Tensor> cos, sin;
+    std::vector<int64_t> positions, rope_lens;
     for (int64_t position = first; position < end; ++position) {
-      const auto [c, s] = angles(position, position + 1, place_of(chunk).rope_len(position));
-      cos.push_back(c), sin.push_back(s);
+      positions.push_back(position);
+      rope_lens.push_back(place_of(chunk).rope_len(position));
     }
-    return {at::cat(cos), at::cat(sin)};
+    const auto [cos, sin] = angles_at(positions, rope_lens);
+    return {cos.to(at::kCUDA), sin.to(at::kCUDA)};
   }
 
   at::Tensor attend_layer(int layer, const Step& step, const AttendInput& in) override {
@@ -482,6 +478,10 @@ class CacheCuda final : public PagedCache {
     const int64_t table = writer.add(n * table_stride_);
     const int exact_blocks = places_->view().window_blocks + places_->view().sink_blocks;
     decode_ = {};
+    std::vector<int64_t> leaving_rows, leaving_positions, leaving_rope_lens;
+    const auto put_angles = [&](const at::Tensor& from, int64_t from_row, int64_t to, int64_t to_row) {
+      std::memcpy(writer.at(to) + to_row * half, from.const_data_ptr<float>() + from_row * half, static_cast<size_t>(half) * sizeof(float));
+    };
     for (int i = 0; i < n; ++i) {
       const Chunk& chunk = *chunks[static_cast<size_t>(i)];
       const bool chooses = exact_.sinks > 0 && (exact_.sink_select == SinkSelect::kRunning || chunk.is_prompt);
@@ -496,11 +496,8 @@ class CacheCuda final : public PagedCache {
       decode_.changes_sinks = decode_.changes_sinks || chooses || chunk.first < exact_.n_first;
       for (size_t page = 0; page < chunk.sequence->pages.size(); ++page)
         writer.at(table)[i * table_stride_ + static_cast<int64_t>(page)] = page_number(chunk.sequence->pages[page]);
-      const auto put_angles = [&](const at::Tensor& from, int64_t row, int64_t to) {
-        std::memcpy(writer.at(to) + i * half, from.const_data_ptr<float>() + row * half, static_cast<size_t>(half) * sizeof(float));
-      };
-      put_angles(step.cos, chunk.row, cos);
-      put_angles(step.sin, chunk.row, sin);
+      put_angles(step.cos, chunk.row, cos, i);
+      put_angles(step.sin, chunk.row, sin, i);
       const auto put_pair = [&](int64_t token, bool there, int64_t to) {
         StorePair pair{0, 0, i, 0};
         if (there) pair = store_pairs(chunk, token, token + 1, i).front();
@@ -512,10 +509,16 @@ class CacheCuda final : public PagedCache {
       put_pair(chunk.sequence->stored_len, leaves, leaving_pairs);
       put_pair(chunk.first, chunk.stored_len > chunk.first, pairs);
       if (leaves) {
-        const auto [c, s] = model().rope.cos_sin(at::tensor({chunk.sequence->stored_len}, at::kLong),
-                                                 place_of(chunk).rope_len(chunk.sequence->stored_len));
-        put_angles(c, 0, leaving_cos);
-        put_angles(s, 0, leaving_sin);
+        leaving_rows.push_back(i);
+        leaving_positions.push_back(chunk.sequence->stored_len);
+        leaving_rope_lens.push_back(place_of(chunk).rope_len(chunk.sequence->stored_len));
+      }
+    }
+    if (!leaving_rows.empty()) {
+      const auto [c, s] = angles_at(leaving_positions, leaving_rope_lens);
+      for (size_t k = 0; k < leaving_rows.size(); ++k) {
+        put_angles(c, static_cast<int64_t>(k), leaving_cos, leaving_rows[k]);
+        put_angles(s, static_cast<int64_t>(k), leaving_sin, leaving_rows[k]);
       }
     }
     const int64_t n_words = static_cast<int64_t>(writer.words().size());
