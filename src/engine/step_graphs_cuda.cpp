@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <map>
+#include <mutex>
 #include <utility>
 
 #include "base/check.h"
@@ -21,6 +22,17 @@ namespace {
 
 // A graph holds its launches' memory; batches shrink one by one, and the sizes passed by do not come back.
 constexpr size_t kMaxGraphs = 8;
+
+// Nothing can be recorded on the default stream. Steps that are not recorded run here too: they warm up what recording needs. One stream
+// a GPU for all, since cuBLAS keeps a workspace of some MiB for every stream that it has seen.
+c10::cuda::CUDAStream step_stream(at::Device device) {
+  static std::mutex mutex;
+  static std::map<at::DeviceIndex, c10::cuda::CUDAStream> streams;
+  const std::lock_guard lock(mutex);
+  const auto found = streams.find(device.index());
+  if (found != streams.end()) return found->second;
+  return streams.emplace(device.index(), c10::cuda::getStreamFromPool(/*isHighPriority=*/false, device.index())).first->second;
+}
 
 // What steps of one batch size read and write: the addresses stay.
 struct Buffers {
@@ -61,9 +73,7 @@ struct StepGraphs::State {
         cache(of_cache),
         sampling(options),
         device(of_model.info().kv.device),
-        // Nothing can be recorded on the default stream. Steps that are not recorded run here too: they warm up what recording needs
-        // (the workspaces of cuBLAS belong to a stream).
-        stream(c10::cuda::getStreamFromPool(/*isHighPriority=*/false, device.index())),
+        stream(step_stream(device)),
         pool(at::cuda::graph_pool_handle()) {}
 
   Recorded& of_size(size_t n) {
