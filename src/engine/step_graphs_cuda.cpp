@@ -3,6 +3,7 @@
 #include <ATen/ATen.h>
 #include <ATen/cuda/CUDAGraph.h>
 #include <c10/core/GradMode.h>
+#include <c10/cuda/CUDAEvent.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 #include <cuda_runtime_api.h>
@@ -121,6 +122,7 @@ struct StepGraphs::State {
   const at::Device device;
   const c10::cuda::CUDAStream stream;
   const at::cuda::MempoolId_t pool;
+  c10::cuda::CUDAEvent before;
   std::map<size_t, Recorded> by_size;
   int64_t n_steps = 0;
   int64_t n_replayed = 0;
@@ -140,6 +142,9 @@ std::vector<int64_t> StepGraphs::run(const std::vector<kv::SeqChunk>& chunks, co
                  chunks.size(), " chunks, ", tokens.size(), " tokens, ", draws.size(), " draws");
   if (stop_requested(stop)) throw Interrupted();
   const c10::NoGradGuard no_grad;
+  // What the caller has launched, a prompt's packing perhaps, comes first.
+  s.before.record(c10::cuda::getCurrentCUDAStream(s.device.index()));
+  s.before.block(s.stream);
   const c10::cuda::CUDAStreamGuard guard(s.stream);
   Recorded& recorded = s.of_size(chunks.size());
   const bool warm = recorded.last_used > 0;
