@@ -3,12 +3,14 @@
 #include <ATen/ATen.h>
 #include <ATen/cuda/CUDAGraph.h>
 #include <c10/core/GradMode.h>
+#include <c10/cuda/CUDAEvent.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
 #include <map>
+#include <mutex>
 #include <utility>
 
 #include "base/check.h"
@@ -21,6 +23,17 @@ namespace {
 
 // A graph holds its launches' memory; batches shrink one by one, and the sizes passed by do not come back.
 constexpr size_t kMaxGraphs = 8;
+
+// Nothing can be recorded on the default stream. Steps that are not recorded run here too: they warm up what recording needs. One stream
+// a GPU for all, since cuBLAS keeps a workspace of some MiB for every stream that it has seen.
+c10::cuda::CUDAStream step_stream(at::Device device) {
+  static std::mutex mutex;
+  static std::map<at::DeviceIndex, c10::cuda::CUDAStream> streams;
+  const std::lock_guard lock(mutex);
+  const auto found = streams.find(device.index());
+  if (found != streams.end()) return found->second;
+  return streams.emplace(device.index(), c10::cuda::getStreamFromPool(/*isHighPriority=*/false, device.index())).first->second;
+}
 
 // What steps of one batch size read and write: the addresses stay.
 struct Buffers {
@@ -61,9 +74,7 @@ struct StepGraphs::State {
         cache(of_cache),
         sampling(options),
         device(of_model.info().kv.device),
-        // Nothing can be recorded on the default stream. Steps that are not recorded run here too: they warm up what recording needs
-        // (the workspaces of cuBLAS belong to a stream).
-        stream(c10::cuda::getStreamFromPool(/*isHighPriority=*/false, device.index())),
+        stream(step_stream(device)),
         pool(at::cuda::graph_pool_handle()) {}
 
   Recorded& of_size(size_t n) {
@@ -111,6 +122,7 @@ struct StepGraphs::State {
   const at::Device device;
   const c10::cuda::CUDAStream stream;
   const at::cuda::MempoolId_t pool;
+  c10::cuda::CUDAEvent before;
   std::map<size_t, Recorded> by_size;
   int64_t n_steps = 0;
   int64_t n_replayed = 0;
@@ -130,6 +142,9 @@ std::vector<int64_t> StepGraphs::run(const std::vector<kv::SeqChunk>& chunks, co
                  chunks.size(), " chunks, ", tokens.size(), " tokens, ", draws.size(), " draws");
   if (stop_requested(stop)) throw Interrupted();
   const c10::NoGradGuard no_grad;
+  // What the caller has launched, a prompt's packing perhaps, comes first.
+  s.before.record(c10::cuda::getCurrentCUDAStream(s.device.index()));
+  s.before.block(s.stream);
   const c10::cuda::CUDAStreamGuard guard(s.stream);
   Recorded& recorded = s.of_size(chunks.size());
   const bool warm = recorded.last_used > 0;
