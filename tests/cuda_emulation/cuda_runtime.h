@@ -69,6 +69,7 @@ inline float __fsqrt_rn(float x) { return std::sqrt(x); }
 inline uint32_t __float_as_uint(float x) { return std::bit_cast<uint32_t>(x); }
 inline int __float2int_rn(float x) { return static_cast<int>(std::nearbyint(x)); }
 inline int __ffs(int x) { return x == 0 ? 0 : std::countr_zero(static_cast<unsigned>(x)) + 1; }
+inline int __popc(unsigned x) { return std::popcount(x); }
 inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t selector) {
   const uint64_t bytes = a | uint64_t{b} << 32;
   uint32_t result = 0;
@@ -82,8 +83,6 @@ template <typename T>
 T __ldcg(const T* at) {
   return *at;
 }
-inline int atomicAdd(int* at, int x) { return std::exchange(*at, *at + x); }
-inline void __threadfence() {}
 inline void __syncwarp() { rotunda::emulation::Block::current().exchange({}); }
 inline void __syncthreads() {
   rotunda::emulation::Block::current().thread().at_barrier = true;
