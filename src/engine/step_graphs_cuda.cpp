@@ -4,6 +4,7 @@
 #include <ATen/cuda/CUDAGraph.h>
 #include <c10/core/GradMode.h>
 #include <c10/cuda/CUDAEvent.h>
+#include <c10/cuda/CUDACachingAllocator.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 #include <cuda_runtime_api.h>
@@ -61,7 +62,8 @@ struct Buffers {
 struct Recorded {
   Recorded(int64_t n, at::Device device) : buffers(n, device) {}
   Buffers buffers;
-  uint64_t epoch = 0;  // of the cache when the graph was recorded; 0: not recorded yet
+  uint64_t epoch = 0;       // of the cache when the graph was recorded; 0: not recorded yet
+  uint64_t warm_epoch = 0;  // of the last step that ran launch by launch, to its end
   std::unique_ptr<at::cuda::CUDAGraph> graph;
   int64_t last_used = 0;
 };
@@ -74,8 +76,7 @@ struct StepGraphs::State {
         cache(of_cache),
         sampling(options),
         device(of_model.info().kv.device),
-        stream(step_stream(device)),
-        pool(at::cuda::graph_pool_handle()) {}
+        stream(step_stream(device)) {}
 
   Recorded& of_size(size_t n) {
     const auto found = by_size.find(n);
@@ -99,8 +100,11 @@ struct StepGraphs::State {
     recorded.epoch = 0;
     recorded.graph = std::make_unique<at::cuda::CUDAGraph>();
     stream.synchronize();
+    // While it records, LibTorch's allocator gives nothing back that it keeps for reuse.
+    c10::cuda::CUDACachingAllocator::emptyCache();
     // Of this thread alone: others may allocate meanwhile.
-    recorded.graph->capture_begin(pool, cudaStreamCaptureModeThreadLocal);
+    // Each into a pool of its own: one that its last graph has left cannot be recorded into again.
+    recorded.graph->capture_begin(at::cuda::graph_pool_handle(), cudaStreamCaptureModeThreadLocal);
     try {
       launch(recorded.buffers, cache);
     } catch (...) {
@@ -121,7 +125,6 @@ struct StepGraphs::State {
   const SamplingOptions sampling;
   const at::Device device;
   const c10::cuda::CUDAStream stream;
-  const at::cuda::MempoolId_t pool;
   c10::cuda::CUDAEvent before;
   std::map<size_t, Recorded> by_size;
   int64_t n_steps = 0;
@@ -147,13 +150,13 @@ std::vector<int64_t> StepGraphs::run(const std::vector<kv::SeqChunk>& chunks, co
   s.before.block(s.stream);
   const c10::cuda::CUDAStreamGuard guard(s.stream);
   Recorded& recorded = s.of_size(chunks.size());
-  const bool warm = recorded.last_used > 0;
   recorded.last_used = ++s.n_steps;
 
   s.cache.begin_step(chunks, kv::StepKind::kGenerate);
   try {
     recorded.buffers.upload(tokens, draws);
     const uint64_t epoch = s.cache.graph_epoch();
+    const bool warm = recorded.warm_epoch == epoch || recorded.epoch == epoch;
     if (warm && epoch != 0) {
       if (recorded.epoch != epoch) s.record(recorded, epoch);
       recorded.graph->replay();
@@ -161,6 +164,7 @@ std::vector<int64_t> StepGraphs::run(const std::vector<kv::SeqChunk>& chunks, co
     } else {
       StoppableCache stoppable(s.cache, stop);
       s.launch(recorded.buffers, stoppable);
+      recorded.warm_epoch = epoch;
     }
     recorded.buffers.host_ids.copy_(recorded.buffers.ids, /*non_blocking=*/true);
     s.cache.end_step();

@@ -155,7 +155,12 @@ void PagedCache::begin_step(const std::vector<SeqChunk>& chunks, StepKind kind) 
   }
   std::tie(step->cos, step->sin) = angles_at(positions, rope_lens);
   step_ = std::move(step);
-  on_begin_step(*step_);
+  try {
+    on_begin_step(*step_);
+  } catch (...) {
+    abort_step();
+    throw;
+  }
 }
 
 std::pair<at::Tensor, at::Tensor> PagedCache::angles_at(const std::vector<int64_t>& positions, const std::vector<int64_t>& rope_lens) const {
@@ -294,7 +299,8 @@ SeqId PagedCache::import_sequence(const ops::TensorBundle& bundle) {
   made.kv_len = bundle.meta_int("rotunda.kv_len");
   made.stored_len = bundle.meta_int("rotunda.stored_len");
   // 2^40 tokens: far beyond any cache, and small enough that no product below overflows.
-  ROTUNDA_CHECK(made.kv_len >= 0 && made.kv_len < (int64_t{1} << 40) && made.stored_len >= 0 && made.stored_len <= made.kv_len,
+  ROTUNDA_CHECK(made.kv_len >= 0 && made.kv_len < (int64_t{1} << 40) && made.stored_len >= stored_len_after(Sequence{}, made.kv_len) &&
+                    made.stored_len <= made.kv_len,
                 bundle.origin, ": rotunda.kv_len ", made.kv_len, " and rotunda.stored_len ", made.stored_len, " cannot be");
   const int64_t n_pages = pages_of(made.stored_len);
   const at::Tensor pages = bundle.get("pages", at::kByte, {model_.n_layers, n_pages, layer_page_bytes_}).contiguous();
