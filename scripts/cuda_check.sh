@@ -29,6 +29,15 @@ for tool in memcheck racecheck initcheck; do
     part "$tool-$(basename "$test")" compute-sanitizer --tool "$tool" --error-exitcode 1 "$test" --gtest_filter='*Few*:*Window*:*Shifted*:*Refuse*'
   done
 done
-for bench in attention_cuda store_cuda; do part "$bench" "$build/bench/cuda/$bench" --json "$out/$bench.json"; done
-cat "$out/attention_cuda.log" "$out/store_cuda.log"
+bench() {
+  local name=$1 program=$2
+  shift 2
+  part "$name" "$build/bench/cuda/$program" "$@" --json "$out/$name.json"
+}
+bench attention attention_cuda
+bench store store_cuda
+bench decode_short decode_cuda --shape llama3-8b --context 128 --kv bf16,rotunda2
+bench decode_long decode_cuda --shape llama3-8b --context 131072 --kv bf16,rotunda2 --steps 32
+bench decode_batch decode_cuda --shape llama2-13b --dtype fp16 --context 4096 --kv fp16,rotunda2,rotate2 --batch 8 --largest --steps 16
+cat "$out"/{attention,store,decode_short,decode_long,decode_batch}.log
 exit $failed

@@ -1,8 +1,8 @@
 // Decode attention on a GPU: ours over 16-bit and rotunda pages against LibTorch's scaled dot product attention (every backend, the
-// fastest arrangement of each), in one run. Every kernel is checked against fp32 arithmetic first; times are medians of CUDA events with
-// L2 flushed before each. Prints a table; --json FILE writes everything.
+// fastest arrangement of each), in one run. Every kernel is checked against fp32 arithmetic first; times are medians of CUDA events, with
+// L2 full of clean lines of something else before each. Prints a table; --json FILE writes everything.
 //
-//   attention_cuda [--repetitions 50] [--json FILE] [--shape NAME]...
+//   attention_cuda [--repetitions 50] [--json FILE] [--shape NAME]... [--row TEXT]...
 
 #include <ATen/ATen.h>
 #include <ATen/cuda/CUDAContext.h>
@@ -132,13 +132,13 @@ class Paged {
   PagedDecode p_;
 };
 
-/// Pages as PlainPageLayout has them.
-at::Tensor plain_pool(const Inputs& in) {
+/// Pages as PlainPageLayout has them, of type kBFloat16 or kHalf.
+at::Tensor plain_pool(const Inputs& in, at::ScalarType type) {
   const Shape& s = in.shape;
   const int64_t pages = s.kv_len / kPageTokens;
   const at::Tensor k = in.k.view({s.batch, s.n_kv_heads, pages, 8, 16, s.head_dim}).permute({0, 2, 1, 3, 5, 4}).reshape({s.batch * pages, -1});
   const at::Tensor v = in.v.view({s.batch, s.n_kv_heads, pages, kPageTokens, s.head_dim}).permute({0, 2, 1, 3, 4}).reshape({s.batch * pages, -1});
-  return at::cat({k, v}, 1).view(at::kByte);
+  return at::cat({k, v}, 1).to(type).view(at::kByte);
 }
 
 HousePageLayout house_layout(const Shape& s, int bits) {
@@ -198,6 +198,66 @@ at::Tensor rotate_pool(const kv::rotate::RotatePageLayout& l, int64_t n_pages) {
   return pool;
 }
 
+/// A shift of eight RoPE pairs of every kv head, as keys with biases have it; owns what PagedShift points to.
+class Shift {
+ public:
+  explicit Shift(const Shape& s) {
+    constexpr int kPairs = 8;
+    const int64_t half = s.head_dim / 2;
+    const at::Tensor frequency = at::pow(5e5, at::arange(half, on_gpu(at::kDouble)) * (-1.0 / static_cast<double>(half)));
+    const auto turns = [&](const at::Tensor& position) {  // [half, positions, 2]
+      const at::Tensor angle = frequency.unsqueeze(1) * position.to(at::kDouble);
+      return at::stack({angle.cos(), angle.sin()}, 2).to(at::kFloat);
+    };
+    const at::Tensor of_token = turns(at::arange(kPageTokens, on_gpu(at::kLong)));
+    const at::Tensor number = of_token.to(at::kHalf);
+    token_table_ = at::cat({number, (of_token - number.to(at::kFloat)).to(at::kHalf)}, 2);
+    page_table_ = turns(at::arange(s.kv_len / kPageTokens, on_gpu(at::kLong)) * kPageTokens).transpose(0, 1).contiguous();
+    // Of the slow pairs, where the constants of models lie.
+    const at::Tensor pairs = half - 1 - at::arange(kPairs, on_gpu(at::kLong)) * 3;
+    pairs_ = pairs.to(at::kShort).repeat({s.n_kv_heads, 1});
+    n_pairs_ = at::full({s.n_kv_heads}, kPairs, on_gpu(at::kInt));
+    mu_ = at::zeros({s.n_kv_heads, 2, half}, on_gpu(at::kFloat));
+    mu_.index_copy_(2, pairs, at::randn({s.n_kv_heads, 2, kPairs}, on_gpu(at::kFloat)));
+    ab_ = at::empty({s.batch, s.n_heads, kPairs, 2}, on_gpu(at::kFloat));
+    norm_ = at::empty({s.batch, s.n_heads}, on_gpu(at::kFloat));
+    rotated_ = at::empty({s.batch, s.n_heads, s.head_dim}, on_gpu(at::kFloat));
+    turn_ = turns(at::arange(s.kv_len, on_gpu(at::kLong)));
+  }
+
+  /// What was taken off the keys [n_kv_heads, T, head_dim].
+  at::Tensor of_keys() const {
+    const at::Tensor cos = turn_.select(2, 0).t(), sin = turn_.select(2, 1).t();
+    const at::Tensor x = mu_.select(1, 0).unsqueeze(1), y = mu_.select(1, 1).unsqueeze(1);
+    return at::cat({x * cos - y * sin, y * cos + x * sin}, 2);
+  }
+  kv::house::HouseQueries of_queries(const PagedDecode& p) const {
+    kv::house::HouseQueries queries;
+    queries.batch = p.batch;
+    queries.n_kv_heads = p.n_kv_heads;
+    queries.n_q = p.n_q;
+    queries.head_dim = p.head_dim;
+    queries.q = p.q_exact;
+    queries.rotated = rotated_.mutable_data_ptr<float>();
+    queries.n_steps = 1;
+    queries.shift = mu_.const_data_ptr<float>();
+    queries.pairs = reinterpret_cast<const uint16_t*>(pairs_.const_data_ptr<int16_t>());
+    queries.n_pairs = n_pairs_.const_data_ptr<int32_t>();
+    queries.ab = reinterpret_cast<float2*>(ab_.mutable_data_ptr<float>());
+    queries.norm = norm_.mutable_data_ptr<float>();
+    return queries;
+  }
+  kernels::PagedShift params(const PagedDecode& p) const {
+    const auto queries = of_queries(p);
+    return {queries.n_steps, queries.pairs, queries.ab, queries.norm, static_cast<const uint2*>(token_table_.const_data_ptr()),
+            static_cast<const float2*>(page_table_.const_data_ptr())};
+  }
+
+ private:
+  at::Tensor token_table_, page_table_, pairs_, n_pairs_, mu_, ab_, norm_, turn_;
+  at::Tensor rotated_;  // written and not read: pages here are in no rotated basis
+};
+
 double relative_error(const at::Tensor& out, const at::Tensor& expected) { return ((out - expected).norm() / expected.norm()).item<double>(); }
 
 // ---- LibTorch --------------------------------------------------------------------------------------------------------
@@ -218,7 +278,8 @@ void choose(const Backend& backend) {
 
 class Bench {
  public:
-  Bench(int repetitions) : timer_(repetitions) {
+  /// @param rows parts of the names of the rows that are wanted; none: all
+  Bench(int repetitions, std::vector<std::string> rows) : timer_(repetitions), rows_(std::move(rows)) {
     const auto* properties = at::cuda::getCurrentDeviceProperties();
     report_["device"] = properties->name;
     report_["repetitions"] = repetitions;
@@ -238,14 +299,22 @@ class Bench {
     std::printf("\n%s\n%-34s %9s %17s %8s %6s %9s\n", shape.name.c_str(), "", "ms", "(10 to 90 %)", "GB/s", "share", "error");
     const Inputs in(shape);
     torch_rows(in);
-    row_plain(in);
-    for (const int bits : {2, 3, 4}) row_house(in, bits);
-    row_rotate(in);
+    row_plain(in, "bf16", at::kBFloat16, kernels::ElementType::kBf16);
+    row_plain(in, "fp16", at::kHalf, kernels::ElementType::kFp16);
+    row_house(in, 2, false);
+    row_house(in, 2, true);
+    for (const int bits : {3, 4}) row_house(in, bits, false);
+    if (wanted("ours rotate2")) row_rotate(in);
   }
 
   const nlohmann::json& report() const { return report_; }
 
  private:
+  bool wanted(const std::string& name) const {
+    const auto contains = [&](const std::string& row) { return name.find(row) != std::string::npos; };
+    return rows_.empty() || std::any_of(rows_.begin(), rows_.end(), contains);
+  }
+
   void add(const Inputs& in, const std::string& name, int64_t bytes, double error, const std::function<void()>& launch) {
     const Time time = timer_(launch);
     const double gb_s = static_cast<double>(bytes) / time.median_ms * 1e-6;
@@ -272,11 +341,12 @@ class Bench {
         for (const bool token_major : {false, true}) {
           const at::Tensor& k = token_major ? k_token_major : in.k;
           const at::Tensor& v = token_major ? v_token_major : in.v;
+          const std::string name = std::string("sdpa ") + backend.name + (packed ? " heads as queries" : " gqa") + (token_major ? ", token-major" : "");
+          if (!wanted(name)) continue;
           at::Tensor out;
           const auto launch = [&] {
             out = at::scaled_dot_product_attention(packed ? packed_q : q, k, v, {}, 0.0, false, std::nullopt, !packed && s.rep() > 1);
           };
-          const std::string name = std::string("sdpa ") + backend.name + (packed ? " heads as queries" : " gqa") + (token_major ? ", token-major" : "");
           try {
             launch();
           } catch (const c10::Error& error) {
@@ -290,27 +360,34 @@ class Bench {
     }
   }
 
-  void row_plain(const Inputs& in) {
-    Paged paged(in, plain_pool(in), kernels::kPlainUnitTokens, 0);
+  void row_plain(const Inputs& in, const std::string& format, at::ScalarType of_torch, kernels::ElementType type) {
+    const std::string name = "ours " + format;
+    if (!wanted(name)) return;
+    Paged paged(in, plain_pool(in, of_torch), kernels::kPlainUnitTokens, 0);
     PagedDecodeGrid grid;
-    check(kernels::plain_decode_grid(paged.params(), kernels::ElementType::kBf16, &grid), "plain_decode_grid");
+    check(kernels::plain_decode_grid(paged.params(), type, &grid), "plain_decode_grid");
     paged.allocate_workspace(grid);
     const auto launch = [&] {
-      check(kernels::plain_decode_cuda(paged.params(), kernels::ElementType::kBf16, grid, at::cuda::getCurrentCUDAStream()), "plain_decode");
+      check(kernels::plain_decode_cuda(paged.params(), type, grid, at::cuda::getCurrentCUDAStream()), "plain_decode");
     };
     launch();
-    const double error =
-        relative_error(paged.first_out(), exact_attention(paged.first_q(), in.k[0].to(at::kFloat), in.v[0].to(at::kFloat)));
-    ROTUNDA_CHECK(error < 1e-4, "bf16: relative error ", error, ", expected less than 1e-4");
-    add(in, "ours bf16", paged.bytes(), error, launch);
+    const auto as_stored = [&](const at::Tensor& x) { return x[0].to(of_torch).to(at::kFloat); };
+    const double error = relative_error(paged.first_out(), exact_attention(paged.first_q(), as_stored(in.k), as_stored(in.v)));
+    ROTUNDA_CHECK(error < 1e-4, format, ": relative error ", error, ", expected less than 1e-4");
+    add(in, name, paged.bytes(), error, launch);
   }
 
-  void row_house(const Inputs& in, int bits) {
+  void row_house(const Inputs& in, int bits, bool shifted) {
+    const std::string name = "ours rotunda" + std::to_string(bits) + (shifted ? " + shift" : "");
+    if (!wanted(name)) return;
     Paged paged(in, house_pool(in.shape, bits), kv::house::kHouseUnitTokens, kExactBlocks);
     PagedDecodeGrid grid;
     check(kv::house::house_decode_grid(paged.params(), bits, bits, &grid), "house_decode_grid");
     paged.allocate_workspace(grid);
+    const Shift shift(in.shape);
+    if (shifted) paged.params().shift = shift.params(paged.params());
     const auto launch = [&] {
+      if (shifted) check(kv::house::house_query_cuda(shift.of_queries(paged.params()), at::cuda::getCurrentCUDAStream()), "house_query");
       check(kv::house::house_decode_cuda(paged.params(), bits, bits, grid, at::cuda::getCurrentCUDAStream()), "house_decode");
     };
     launch();
@@ -318,11 +395,13 @@ class Bench {
     if (bits == 2) {
       const auto [exact_k, exact_v] = paged.first_exact();
       const at::Tensor pages = paged.first_pages();
-      error = relative_error(paged.first_out(), exact_attention(paged.first_q(), at::cat({house_decoded(pages, in.shape, true), exact_k}, 1),
+      at::Tensor keys = house_decoded(pages, in.shape, true);
+      if (shifted) keys += shift.of_keys();
+      error = relative_error(paged.first_out(), exact_attention(paged.first_q(), at::cat({keys, exact_k}, 1),
                                                                 at::cat({house_decoded(pages, in.shape, false), exact_v}, 1)));
       ROTUNDA_CHECK(error < 2e-3, "rotunda2: relative error ", error, ", expected less than 2e-3");
     }
-    add(in, "ours rotunda" + std::to_string(bits), paged.bytes(), error, launch);
+    add(in, name, paged.bytes(), error, launch);
   }
 
   /// With what is around its kernel: queries padded where there are fewer than it takes.
@@ -346,7 +425,7 @@ class Bench {
     const auto [exact_k, exact_v] = paged.first_exact();
     const auto [cos, sin] = model.rope.cos_sin(at::arange(s.kv_len, at::kLong), s.kv_len);
     const kv::PagesCuda pages{const_cast<std::byte*>(paged.params().pool), paged.params().page_bytes};
-    const auto [k, v] = codec->load(0, pages, paged.first_table(), cos.to(at::kCUDA), sin.to(at::kCUDA), at::kFloat);
+    const auto [k, v] = codec->load(0, pages, paged.first_table(), cos.to(at::kCUDA), sin.to(at::kCUDA), at::arange(s.kv_len, on_gpu(at::kLong)), at::kFloat);
     const double error =
         relative_error(paged.first_out(), exact_attention(paged.first_q(), at::cat({k, exact_k}, 1), at::cat({v, exact_v}, 1)));
     ROTUNDA_CHECK(error < 2e-3, "rotate2: relative error ", error, ", expected less than 2e-3");
@@ -354,6 +433,7 @@ class Bench {
   }
 
   Timer timer_;
+  std::vector<std::string> rows_;
   double read_gb_s_ = 0;
   nlohmann::json report_;
 };
@@ -362,15 +442,16 @@ int run(int argc, char** argv) {
   CLI::App app("Decode attention on a GPU against LibTorch's");
   int repetitions = 50;
   std::string json;
-  std::vector<std::string> names;
+  std::vector<std::string> names, rows;
   app.add_option("--repetitions", repetitions)->check(CLI::Range(10, 10000));
   app.add_option("--json", json, "file for the results");
   app.add_option("--shape", names, "only these");
+  app.add_option("--row", rows, "only rows whose names contain one of these");
   CLI11_PARSE(app, argc, argv);
   for (const std::string& name : names)
     ROTUNDA_CHECK(std::any_of(shapes().begin(), shapes().end(), [&](const Shape& s) { return s.name == name; }), "--shape ", name, " is unknown");
   const c10::NoGradGuard no_grad;
-  Bench bench(repetitions);
+  Bench bench(repetitions, rows);
   for (const Shape& shape : shapes())
     if (names.empty() || std::find(names.begin(), names.end(), shape.name) != names.end()) bench.run(shape);
   if (!json.empty()) std::ofstream(json) << bench.report().dump(2) << "\n";

@@ -89,7 +89,7 @@ kv::AttendInput random_input(const kv::KvModel& model, int64_t n_tokens) {
 }
 
 // What engine::bind_kv does, with random keys to calibrate on where the format cannot do without.
-engine::KvBinding bind(const std::shared_ptr<const model::CausalLm>& model, const kv::KvSpec& spec) {
+engine::KvBinding bind_model(const std::shared_ptr<const model::CausalLm>& model, const kv::KvSpec& spec) {
   const kv::KvModel& kv_model = model->info().kv;
   engine::KvBinding binding;
   binding.requested = spec;
@@ -224,19 +224,21 @@ int run(int argc, char** argv) {
   ops::require_device(load.device);
   load.dtype = options.dtype == "bf16" ? at::kBFloat16 : at::kHalf;
   load.device_budget_bytes = static_cast<int64_t>(options.memory * static_cast<double>(ops::total_memory_bytes(load.device)));
-  at::manual_seed(1);
-  const auto model = model::make_random_decoder_lm(shape_of(options.shape), load);
+  const model::DecoderConfig config = shape_of(options.shape);
+  const model::CausalLmInfo info = model::decoder_info(config, {}, load);
   std::printf("%s: %s with random %s weights (%.3f GB), context %lld\n", ops::device_name(load.device).c_str(), options.shape.c_str(),
-              options.dtype.c_str(), 1e-9 * static_cast<double>(model->info().weights_bytes()), static_cast<long long>(options.context));
-  std::printf("%-28s %6s %9s %9s %9s %11s %8s %10s %10s %8s %9s\n", "kv", "batch", "step ms", "10 %", "90 %", "tokens/s", "speed", "cache GB",
-              "peak GB", "fill s", "replayed");
+              options.dtype.c_str(), 1e-9 * static_cast<double>(info.weights_bytes()), static_cast<long long>(options.context));
+  std::printf("%-28s %6s %9s %9s %9s %11s %8s %10s %10s %8s %9s\n", "kv", "batch", "step ms", "10 %", "90 %", "tokens/s", "speed",
+              "cache GB", "peak GB", "fill s", "replayed");
 
   Json results = Json::array();
   std::map<int64_t, Row> first_at;  // the first format's rows by batch
   int64_t first_largest = 0;
   const std::vector<kv::KvSpec> specs = kv::parse_kv_specs(options.kv);
   for (size_t s = 0; s < specs.size(); ++s) {
-    const engine::KvBinding binding = bind(model, specs[s]);
+    // Made anew for each format, the same each time: what a format has fused then stands for the originals, not beside them.
+    at::manual_seed(1);
+    const engine::KvBinding binding = bind_model(model::make_random_decoder_lm(config, load), specs[s]);
     std::set<int64_t> batches(options.batches.begin(), options.batches.end());
     const int64_t most = planned_batch(binding, options);
     if (options.largest) {
@@ -267,7 +269,7 @@ int run(int argc, char** argv) {
                       {"steps", options.steps},
                       {"memory", options.memory},
                       {"budget_bytes", load.device_budget_bytes},
-                      {"weights_bytes", model->info().weights_bytes()}};
+                      {"weights_bytes", info.weights_bytes()}};
     std::ofstream(options.json) << Json{{"run", run}, {"results", results}}.dump(2) << "\n";
   }
   return 0;

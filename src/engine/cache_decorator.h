@@ -9,7 +9,8 @@
 
 namespace rotunda::engine {
 
-/// Passes every call on to another cache, which must outlive it. Base of the caches that look on.
+/// Passes calls on to another cache, which must outlive it; all but graph_epoch(), since a graph would run past whoever looks on. Base of the
+/// caches that do.
 class CacheDecorator : public kv::KvCache {
  public:
   explicit CacheDecorator(kv::KvCache& inner) : inner_(inner) {}
@@ -25,6 +26,7 @@ class CacheDecorator : public kv::KvCache {
   void begin_step(const std::vector<kv::SeqChunk>& chunks, kv::StepKind kind) override { inner_.begin_step(chunks, kind); }
   at::Tensor attend(int layer, const kv::AttendInput& in) override { return inner_.attend(layer, in); }
   at::Tensor keys_to_code(int layer, const kv::AttendInput& in) const override { return inner_.keys_to_code(layer, in); }
+  void check_step() override { inner_.check_step(); }
   void end_step() override { inner_.end_step(); }
   void abort_step() override { inner_.abort_step(); }
   kv::KvUsage usage() const override { return inner_.usage(); }

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <memory>
 #include <vector>
 
 #include "base/check.h"
@@ -20,13 +21,14 @@ double decode_tok_s(const KvBinding& binding, std::span<const int64_t> prompt, s
   run_prefill(*binding.model, *cache, seq, prompt, prefill_chunk, stop);
   const kv::SeqChunk chunk{.seq = seq, .n_tokens = 1, .is_prompt = false, .rope_len = 0};
 #ifdef ROTUNDA_CUDA
-  StepGraphs graphs(*binding.model, *cache, {});
+  std::unique_ptr<StepGraphs> graphs;
+  if (binding.model->info().kv.device.is_cuda()) graphs = std::make_unique<StepGraphs>(*binding.model, *cache, SamplingOptions{});
 #endif
   // As generation runs it.
   const auto step = [&](size_t i) {
 #ifdef ROTUNDA_CUDA
-    if (binding.model->info().kv.device.is_cuda()) {
-      graphs.run({chunk}, {next[i]}, {}, stop);
+    if (graphs) {
+      graphs->run({chunk}, {next[i]}, {}, stop);
       return;
     }
 #endif

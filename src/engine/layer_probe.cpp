@@ -63,6 +63,8 @@ class ComparingCache final : public CacheDecorator {
     return fused_ ? own : exact.to(own.scalar_type());
   }
   void end_step() override {
+    inner_.check_step();
+    stored_.check_step();
     inner_.end_step();
     stored_.end_step();
   }

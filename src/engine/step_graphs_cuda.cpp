@@ -3,12 +3,15 @@
 #include <ATen/ATen.h>
 #include <ATen/cuda/CUDAGraph.h>
 #include <c10/core/GradMode.h>
+#include <c10/cuda/CUDAEvent.h>
+#include <c10/cuda/CUDACachingAllocator.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
 #include <map>
+#include <mutex>
 #include <utility>
 
 #include "base/check.h"
@@ -21,6 +24,17 @@ namespace {
 
 // A graph holds its launches' memory; batches shrink one by one, and the sizes passed by do not come back.
 constexpr size_t kMaxGraphs = 8;
+
+// Nothing can be recorded on the default stream. Steps that are not recorded run here too: they warm up what recording needs. One stream
+// a GPU for all, since cuBLAS keeps a workspace of some MiB for every stream that it has seen.
+c10::cuda::CUDAStream step_stream(at::Device device) {
+  static std::mutex mutex;
+  static std::map<at::DeviceIndex, c10::cuda::CUDAStream> streams;
+  const std::lock_guard lock(mutex);
+  const auto found = streams.find(device.index());
+  if (found != streams.end()) return found->second;
+  return streams.emplace(device.index(), c10::cuda::getStreamFromPool(/*isHighPriority=*/false, device.index())).first->second;
+}
 
 // What steps of one batch size read and write: the addresses stay.
 struct Buffers {
@@ -48,7 +62,8 @@ struct Buffers {
 struct Recorded {
   Recorded(int64_t n, at::Device device) : buffers(n, device) {}
   Buffers buffers;
-  uint64_t epoch = 0;  // of the cache when the graph was recorded; 0: not recorded yet
+  uint64_t epoch = 0;       // of the cache when the graph was recorded; 0: not recorded yet
+  uint64_t warm_epoch = 0;  // of the last step that ran launch by launch, to its end
   std::unique_ptr<at::cuda::CUDAGraph> graph;
   int64_t last_used = 0;
 };
@@ -61,10 +76,7 @@ struct StepGraphs::State {
         cache(of_cache),
         sampling(options),
         device(of_model.info().kv.device),
-        // Nothing can be recorded on the default stream. Steps that are not recorded run here too: they warm up what recording needs
-        // (the workspaces of cuBLAS belong to a stream).
-        stream(c10::cuda::getStreamFromPool(/*isHighPriority=*/false, device.index())),
-        pool(at::cuda::graph_pool_handle()) {}
+        stream(step_stream(device)) {}
 
   Recorded& of_size(size_t n) {
     const auto found = by_size.find(n);
@@ -88,8 +100,11 @@ struct StepGraphs::State {
     recorded.epoch = 0;
     recorded.graph = std::make_unique<at::cuda::CUDAGraph>();
     stream.synchronize();
+    // While it records, LibTorch's allocator gives nothing back that it keeps for reuse.
+    c10::cuda::CUDACachingAllocator::emptyCache();
     // Of this thread alone: others may allocate meanwhile.
-    recorded.graph->capture_begin(pool, cudaStreamCaptureModeThreadLocal);
+    // Each into a pool of its own: one that its last graph has left cannot be recorded into again.
+    recorded.graph->capture_begin(at::cuda::graph_pool_handle(), cudaStreamCaptureModeThreadLocal);
     try {
       launch(recorded.buffers, cache);
     } catch (...) {
@@ -110,7 +125,7 @@ struct StepGraphs::State {
   const SamplingOptions sampling;
   const at::Device device;
   const c10::cuda::CUDAStream stream;
-  const at::cuda::MempoolId_t pool;
+  c10::cuda::CUDAEvent before;
   std::map<size_t, Recorded> by_size;
   int64_t n_steps = 0;
   int64_t n_replayed = 0;
@@ -130,15 +145,18 @@ std::vector<int64_t> StepGraphs::run(const std::vector<kv::SeqChunk>& chunks, co
                  chunks.size(), " chunks, ", tokens.size(), " tokens, ", draws.size(), " draws");
   if (stop_requested(stop)) throw Interrupted();
   const c10::NoGradGuard no_grad;
+  // What the caller has launched, a prompt's packing perhaps, comes first.
+  s.before.record(c10::cuda::getCurrentCUDAStream(s.device.index()));
+  s.before.block(s.stream);
   const c10::cuda::CUDAStreamGuard guard(s.stream);
   Recorded& recorded = s.of_size(chunks.size());
-  const bool warm = recorded.last_used > 0;
   recorded.last_used = ++s.n_steps;
 
   s.cache.begin_step(chunks, kv::StepKind::kGenerate);
   try {
     recorded.buffers.upload(tokens, draws);
     const uint64_t epoch = s.cache.graph_epoch();
+    const bool warm = recorded.warm_epoch == epoch || recorded.epoch == epoch;
     if (warm && epoch != 0) {
       if (recorded.epoch != epoch) s.record(recorded, epoch);
       recorded.graph->replay();
@@ -146,6 +164,7 @@ std::vector<int64_t> StepGraphs::run(const std::vector<kv::SeqChunk>& chunks, co
     } else {
       StoppableCache stoppable(s.cache, stop);
       s.launch(recorded.buffers, stoppable);
+      recorded.warm_epoch = epoch;
     }
     recorded.buffers.host_ids.copy_(recorded.buffers.ids, /*non_blocking=*/true);
     s.cache.end_step();

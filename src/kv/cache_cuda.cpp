@@ -56,15 +56,16 @@ class CacheCuda final : public PagedCache {
   bool wants_hidden() const override { return exact_.sinks > 0; }
 
   uint64_t graph_epoch() const override {
-    // A step that makes sinks of prompts' or first tokens launches other kernels than the rest.
+    // A step that makes sinks launches other kernels than the rest; where that is seldom it is not worth a graph.
     const bool usual = !decode_.changes_sinks || exact_.sink_select == SinkSelect::kRunning;
-    return decodes_ && usual && decode_.rows > 0 && decode_.only ? (places_->epoch() << 32) + tables_epoch_ : 0;
+    if (!decodes_ || !usual || decode_.rows == 0 || !decode_.only) return 0;
+    return (places_->epoch() << 32) + 2 * tables_epoch_ + (decode_.changes_sinks ? 2 : 1);
   }
 
   void check_step() override {
     const at::Tensor refused = refused_.cpu();
     for (int layer = 0; layer < model().n_layers; ++layer) {
-      if (refused[layer].item<int32_t>() == 0) continue;
+      if (refused.const_data_ptr<int32_t>()[layer] == 0) continue;
       refused_.zero_();
       throw_user_error(concat(spec().format, ": a key or value of layer ", model().layer_id(layer),
                               " is NaN, infinite or beyond the format's range"));
@@ -170,6 +171,7 @@ class CacheCuda final : public PagedCache {
   void on_begin_step(const Step& step) override {
     saved_.clear();
     prefills_.clear();
+    decode_ = {};
     std::vector<const Chunk*> singles;
     std::vector<int64_t> rows;
     for (const Chunk& chunk : step.chunks) {
@@ -183,7 +185,6 @@ class CacheCuda final : public PagedCache {
       if (chunk.n_tokens > 1 || chooses || chunk.first < exact_.n_first || !decodes_)
         saved_.push_back(places_->save(place_of(chunk).number(), chunk.n_tokens > 1 || !decodes_));
     }
-    decode_ = {};
     if (!singles.empty()) prepare_decode(step, singles, rows);
   }
 
@@ -200,6 +201,8 @@ class CacheCuda final : public PagedCache {
     for (const ExactPlacesCuda::Saved& saved : saved_) places_->restore(saved);
     saved_.clear();
     refused_.zero_();
+    // Who goes on may do so on another stream, and the tables on the host are about to be written again.
+    at::cuda::getCurrentCUDAStream().synchronize();
   }
 
   // Tokens first .. end - 1 by pairs of blocks; the first has row `row`.
@@ -220,10 +223,6 @@ class CacheCuda final : public PagedCache {
     static_assert(sizeof(StorePair) == 16);
     if (!pairs.empty()) std::memcpy(host.mutable_data_ptr<int32_t>(), pairs.data(), pairs.size() * sizeof(StorePair));
     return host.to(at::kCUDA);
-  }
-
-  std::pair<at::Tensor, at::Tensor> angles(int64_t first, int64_t end, int64_t rope_len) const {
-    return model().rope.cos_sin(at::arange(first, end, on_gpu(at::kLong)), rope_len);
   }
 
   // ---- chunks of several tokens ------------------------------------------------------------------------------------
@@ -259,15 +258,15 @@ class CacheCuda final : public PagedCache {
     return made;
   }
 
-  // What tokens of the window were turned by; each by the length of its own step, which only `dynamic` RoPE looks at.
+  // What tokens of the window were turned by: each by the length of its own step, which only `dynamic` RoPE looks at.
   std::pair<at::Tensor, at::Tensor> window_angles(const Chunk& chunk, int64_t first, int64_t end) const {
-    if (!model().rope.depends_on_length()) return angles(first, end, 0);
-    std::vector<at::Tensor> cos, sin;
+    std::vector<int64_t> positions, rope_lens;
     for (int64_t position = first; position < end; ++position) {
-      const auto [c, s] = angles(position, position + 1, place_of(chunk).rope_len(position));
-      cos.push_back(c), sin.push_back(s);
+      positions.push_back(position);
+      rope_lens.push_back(place_of(chunk).rope_len(position));
     }
-    return {at::cat(cos), at::cat(sin)};
+    const auto [cos, sin] = angles_at(positions, rope_lens);
+    return {cos.to(at::kCUDA), sin.to(at::kCUDA)};
   }
 
   at::Tensor attend_layer(int layer, const Step& step, const AttendInput& in) override {
@@ -482,6 +481,10 @@ class CacheCuda final : public PagedCache {
     const int64_t table = writer.add(n * table_stride_);
     const int exact_blocks = places_->view().window_blocks + places_->view().sink_blocks;
     decode_ = {};
+    std::vector<int64_t> leaving_rows, leaving_positions, leaving_rope_lens;
+    const auto put_angles = [&](const at::Tensor& from, int64_t from_row, int64_t to, int64_t to_row) {
+      std::memcpy(writer.at(to) + to_row * half, from.const_data_ptr<float>() + from_row * half, static_cast<size_t>(half) * sizeof(float));
+    };
     for (int i = 0; i < n; ++i) {
       const Chunk& chunk = *chunks[static_cast<size_t>(i)];
       const bool chooses = exact_.sinks > 0 && (exact_.sink_select == SinkSelect::kRunning || chunk.is_prompt);
@@ -496,11 +499,8 @@ class CacheCuda final : public PagedCache {
       decode_.changes_sinks = decode_.changes_sinks || chooses || chunk.first < exact_.n_first;
       for (size_t page = 0; page < chunk.sequence->pages.size(); ++page)
         writer.at(table)[i * table_stride_ + static_cast<int64_t>(page)] = page_number(chunk.sequence->pages[page]);
-      const auto put_angles = [&](const at::Tensor& from, int64_t row, int64_t to) {
-        std::memcpy(writer.at(to) + i * half, from.const_data_ptr<float>() + row * half, static_cast<size_t>(half) * sizeof(float));
-      };
-      put_angles(step.cos, chunk.row, cos);
-      put_angles(step.sin, chunk.row, sin);
+      put_angles(step.cos, chunk.row, cos, i);
+      put_angles(step.sin, chunk.row, sin, i);
       const auto put_pair = [&](int64_t token, bool there, int64_t to) {
         StorePair pair{0, 0, i, 0};
         if (there) pair = store_pairs(chunk, token, token + 1, i).front();
@@ -512,10 +512,16 @@ class CacheCuda final : public PagedCache {
       put_pair(chunk.sequence->stored_len, leaves, leaving_pairs);
       put_pair(chunk.first, chunk.stored_len > chunk.first, pairs);
       if (leaves) {
-        const auto [c, s] = model().rope.cos_sin(at::tensor({chunk.sequence->stored_len}, at::kLong),
-                                                 place_of(chunk).rope_len(chunk.sequence->stored_len));
-        put_angles(c, 0, leaving_cos);
-        put_angles(s, 0, leaving_sin);
+        leaving_rows.push_back(i);
+        leaving_positions.push_back(chunk.sequence->stored_len);
+        leaving_rope_lens.push_back(place_of(chunk).rope_len(chunk.sequence->stored_len));
+      }
+    }
+    if (!leaving_rows.empty()) {
+      const auto [c, s] = angles_at(leaving_positions, leaving_rope_lens);
+      for (size_t k = 0; k < leaving_rows.size(); ++k) {
+        put_angles(c, static_cast<int64_t>(k), leaving_cos, leaving_rows[k]);
+        put_angles(s, static_cast<int64_t>(k), leaving_sin, leaving_rows[k]);
       }
     }
     const int64_t n_words = static_cast<int64_t>(writer.words().size());
@@ -542,6 +548,7 @@ class CacheCuda final : public PagedCache {
     decode_.leaving_positions = tables_.narrow(0, leaving, n);
     const auto floats = [&](int64_t at) { return tables_.narrow(0, at, n * half).view(at::kFloat).view({n, half}); };
     decode_.cos = floats(cos), decode_.sin = floats(sin), decode_.leaving_cos = floats(leaving_cos), decode_.leaving_sin = floats(leaving_sin);
+    codec_->prepare_decode(grid_, n, static_cast<int>(table_stride_));
     at::Tensor& workspace = workspaces_[n];
     if (!workspace.defined())
       workspace = at::zeros({kernels::paged_decode_workspace_bytes(grid_, n, model().n_kv_heads, rep(), model().head_dim)}, on_gpu(at::kByte));
@@ -579,16 +586,15 @@ class CacheCuda final : public PagedCache {
       append.v_plain = v_plain.mutable_data_ptr<float>();
     }
     const kernels::CudaElement type = cuda_element(q_rows.scalar_type());
+    check_launch(kernels::append_decode_cuda(exact, layer, append, type, stream()), "append_decode");
     if (decode_.changes_sinks) {
-      // Keys first, since masks follow from sinks: the first launch's masks are of before.
-      check_launch(kernels::append_decode_cuda(exact, layer, append, type, stream()), "append_decode");
       const at::Tensor rows = hidden.defined() ? hidden.contiguous() : at::Tensor();
       check_launch(kernels::update_decode_sinks_cuda(exact, layer, append, type, rows.defined() ? rows.const_data_ptr() : nullptr,
                                                      model().hidden_size, model().hidden_size, places_->magnitudes().mutable_data_ptr<float>(),
                                                      places_->entries().mutable_data_ptr<int64_t>(), exact_.sinks, exact_.n_first, stream()),
                    "update_decode_sinks");
     }
-    check_launch(kernels::append_decode_cuda(exact, layer, append, type, stream()), "append_decode");
+    check_launch(kernels::exact_masks_cuda(exact, layer, append, stream()), "exact_masks");
     if (!has_window())
       codec_->store(layer, codec_->packable(layer, k_turned, decode_.cos, decode_.sin, decode_.positions), v_plain, decode_.pairs, pages(), refused_.narrow(0, layer, 1));
 
@@ -661,6 +667,9 @@ class CacheCuda final : public PagedCache {
 
 std::unique_ptr<KvCache> make_cache_cuda(const KvSpec& spec, const KvModel& model, const std::optional<ExactOptions>& exact,
                                          std::unique_ptr<PageCodecCuda> codec) {
+  if (exact)
+    ROTUNDA_CHECK(exact->sinks + exact->n_first < kernels::kMostSinkSlots, spec.format, " on ", model.device, ": sinks=", exact->sinks,
+                  " and first=", exact->n_first, " make ", exact->sinks + exact->n_first, " tokens, expected at most ", kernels::kMostSinkSlots - 1);
   auto memory = cuda_page_memory(model.device_budget_bytes);
   std::byte* const base = memory->base();
   return std::make_unique<CacheCuda>(spec, model, exact, std::move(codec), std::move(memory), base);

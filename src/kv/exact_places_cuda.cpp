@@ -8,6 +8,7 @@
 #include "base/check.h"
 #include "kv/exact_store.h"
 #include "kv/launch_cuda.h"
+#include "kv/paged_cache.h"
 #include "kv/sinks.h"
 
 namespace rotunda::kv {
@@ -38,24 +39,28 @@ ExactPlacesCuda::ExactPlacesCuda(const KvModel& model, const ExactOptions& optio
 void ExactPlacesCuda::grow(int64_t n_places) {
   const int64_t before = bytes_.defined() ? bytes_.size(0) : 0;
   if (n_places <= before) return;
-  const int64_t made = std::max(n_places, 2 * before);
+  // By an eighth: a place of a large model takes a hundred megabytes, and old and new are there together while they are copied.
+  const int64_t made = std::max(n_places, before + before / 8);
   const int64_t piece_bytes = int64_t{window_blocks_ + sink_blocks_} * kTokenBlock * n_kv_heads_ * head_dim_ * 4;
-  const auto grown = [&](at::Tensor& tensor, std::vector<int64_t> sizes, at::ScalarType type, int dim, double fill) {
+  const auto grown = [&](const at::Tensor& tensor, std::vector<int64_t> sizes, at::ScalarType type, int dim, double fill) {
     const at::Tensor larger = at::full(sizes, fill, on_gpu(type));
     if (before > 0) larger.narrow(dim, 0, before).copy_(tensor);
-    tensor = larger;
+    return larger;
   };
-  grown(bytes_, {made, n_layers_, piece_bytes}, at::kByte, 0, 0);
-  grown(sink_positions_, {made, n_layers_, int64_t{sink_blocks_} * kTokenBlock}, at::kInt, 0, -1);
-  grown(magnitudes_, {made, n_layers_, options_.sinks}, at::kFloat, 0, -1);
-  grown(entries_, {made, n_layers_, options_.sinks}, at::kLong, 0, -1);
-  grown(page_masks_, {n_layers_, made, before > 0 ? page_masks_.size(2) : 64}, at::kShort, 1, -1);
+  // All of them before any takes its place: memory may run out.
+  const at::Tensor bytes = grown(bytes_, {made, n_layers_, piece_bytes}, at::kByte, 0, 0);
+  const at::Tensor sink_positions = grown(sink_positions_, {made, n_layers_, int64_t{sink_blocks_} * kTokenBlock}, at::kInt, 0, -1);
+  const at::Tensor magnitudes = grown(magnitudes_, {made, n_layers_, options_.sinks}, at::kFloat, 0, -1);
+  const at::Tensor entries = grown(entries_, {made, n_layers_, options_.sinks}, at::kLong, 0, -1);
+  const at::Tensor page_masks = grown(page_masks_, {n_layers_, made, before > 0 ? page_masks_.size(2) : 64}, at::kShort, 1, -1);
+  bytes_ = bytes, sink_positions_ = sink_positions, magnitudes_ = magnitudes, entries_ = entries, page_masks_ = page_masks;
   for (int64_t place = made - 1; place >= before; --place) free_.push_back(place);
   ++epoch_;
 }
 
 void ExactPlacesCuda::reserve_tokens(int64_t n_tokens) {
-  const int64_t wanted = (n_tokens + kTokenBlock - 1) / kTokenBlock;
+  // Of whole pages, since kernels read masks a page at a time.
+  const int64_t wanted = (n_tokens + kPageTokens - 1) / kPageTokens * kBlocksPerPage;
   const int64_t before = page_masks_.size(2);
   if (wanted <= before) return;
   const at::Tensor larger = at::full({n_layers_, page_masks_.size(1), std::max(wanted, 2 * before)}, -1, on_gpu(at::kShort));

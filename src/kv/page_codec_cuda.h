@@ -70,6 +70,9 @@ class PageCodecCuda {
   virtual int unit_tokens() const = 0;
   /// The grid that decode() wants on the current device; of `shape` only n_q and head_dim are read.
   virtual kernels::PagedDecodeGrid decode_grid(const kernels::PagedDecode& shape) const = 0;
+  /// Called before a step's first decode(), outside of any graph, with what its decode() calls will have: for tables and workspaces that
+  /// must not be made while a graph is recorded.
+  virtual void prepare_decode(const kernels::PagedDecodeGrid& /*grid*/, int /*batch*/, int /*table_stride*/) const {}
   /// Decode attention of one layer. What the cache leaves to the codec: q_pages and shift, which it makes of q_exact.
   /// @param params all but q_pages and shift; pool and page_bytes are of this layer
   virtual void decode(int layer, kernels::PagedDecode params, const kernels::PagedDecodeGrid& grid) const = 0;

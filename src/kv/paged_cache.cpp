@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstring>
 #include <limits>
+#include <tuple>
 #include <unordered_map>
 
 #include "base/check.h"
@@ -145,18 +146,38 @@ void PagedCache::begin_step(const std::vector<SeqChunk>& chunks, StepKind kind) 
     while (static_cast<int64_t>(table.size()) < pages_of(tokens_in_pages)) table.push_back(pool_.take());
   }
 
-  std::vector<at::Tensor> cos_parts;
-  std::vector<at::Tensor> sin_parts;
+  std::vector<int64_t> positions, rope_lens;
   for (const Chunk& chunk : step->chunks) {
-    const at::Tensor positions = at::arange(chunk.first, chunk.kv_len, at::kLong);
-    auto [cos, sin] = model_.rope.cos_sin(positions, chunk.rope_len);
-    cos_parts.push_back(cos);
-    sin_parts.push_back(sin);
+    for (int64_t position = chunk.first; position < chunk.kv_len; ++position) {
+      positions.push_back(position);
+      rope_lens.push_back(chunk.rope_len);
+    }
   }
-  step->cos = cos_parts.size() == 1 ? cos_parts[0] : at::cat(cos_parts);
-  step->sin = sin_parts.size() == 1 ? sin_parts[0] : at::cat(sin_parts);
+  std::tie(step->cos, step->sin) = angles_at(positions, rope_lens);
   step_ = std::move(step);
-  on_begin_step(*step_);
+  try {
+    on_begin_step(*step_);
+  } catch (...) {
+    abort_step();
+    throw;
+  }
+}
+
+std::pair<at::Tensor, at::Tensor> PagedCache::angles_at(const std::vector<int64_t>& positions, const std::vector<int64_t>& rope_lens) const {
+  std::vector<at::Tensor> cos, sin;
+  const size_t n = positions.size();
+  for (size_t begin = 0; begin < n;) {
+    size_t end = n;
+    if (model_.rope.depends_on_length()) {
+      for (end = begin + 1; end < n && rope_lens[end] == rope_lens[begin];) ++end;
+    }
+    const at::Tensor part = at::empty({static_cast<int64_t>(end - begin)}, at::kLong);
+    std::copy(positions.begin() + static_cast<int64_t>(begin), positions.begin() + static_cast<int64_t>(end), part.mutable_data_ptr<int64_t>());
+    const auto [c, s] = model_.rope.cos_sin(part, rope_lens[begin]);
+    cos.push_back(c), sin.push_back(s);
+    begin = end;
+  }
+  return cos.size() == 1 ? std::pair{cos[0], sin[0]} : std::pair{at::cat(cos), at::cat(sin)};
 }
 
 void PagedCache::check_input(int layer, const AttendInput& in) const {
@@ -278,7 +299,8 @@ SeqId PagedCache::import_sequence(const ops::TensorBundle& bundle) {
   made.kv_len = bundle.meta_int("rotunda.kv_len");
   made.stored_len = bundle.meta_int("rotunda.stored_len");
   // 2^40 tokens: far beyond any cache, and small enough that no product below overflows.
-  ROTUNDA_CHECK(made.kv_len >= 0 && made.kv_len < (int64_t{1} << 40) && made.stored_len >= 0 && made.stored_len <= made.kv_len,
+  ROTUNDA_CHECK(made.kv_len >= 0 && made.kv_len < (int64_t{1} << 40) && made.stored_len >= stored_len_after(Sequence{}, made.kv_len) &&
+                    made.stored_len <= made.kv_len,
                 bundle.origin, ": rotunda.kv_len ", made.kv_len, " and rotunda.stored_len ", made.stored_len, " cannot be");
   const int64_t n_pages = pages_of(made.stored_len);
   const at::Tensor pages = bundle.get("pages", at::kByte, {model_.n_layers, n_pages, layer_page_bytes_}).contiguous();

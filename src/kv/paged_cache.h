@@ -5,6 +5,7 @@
 #include <map>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "kernels/attention/decode_attention.h"
@@ -112,6 +113,9 @@ class PagedCache : public KvCache {
     return layer_page(chunk.sequence->pages[static_cast<size_t>(page)], layer);
   }
   int64_t layer_page_bytes() const { return layer_page_bytes_; }
+  /// RoPE angles of tokens, on the host: as few calls as their lengths allow.
+  /// @param positions, rope_lens [T], T > 0   @return cos and sin as Step has them
+  std::pair<at::Tensor, at::Tensor> angles_at(const std::vector<int64_t>& positions, const std::vector<int64_t>& rope_lens) const;
 
  private:
   void check_no_step(const char* what) const;

@@ -23,10 +23,16 @@ cudaDeviceProp properties(at::Device device) {
   return properties;
 }
 
-// Of LibTorch's allocator.
-int64_t current(const c10::CachingDeviceAllocator::DeviceStats& stats,
-                const c10::CachingAllocator::StatArray c10::CachingDeviceAllocator::DeviceStats::* which) {
-  return (stats.*which)[static_cast<size_t>(c10::CachingAllocator::StatType::AGGREGATE)].current;
+using DeviceStats = c10::CachingDeviceAllocator::DeviceStats;
+
+// Of LibTorch's allocator, which is made with the first tensor or here.
+DeviceStats allocator_stats(at::Device device) {
+  at::globalContext().lazyInitDevice(c10::DeviceType::CUDA);
+  return c10::cuda::CUDACachingAllocator::getDeviceStats(device.index());
+}
+
+int64_t current(const c10::CachingAllocator::StatArray& stat) {
+  return stat[static_cast<size_t>(c10::CachingAllocator::StatType::AGGREGATE)].current;
 }
 
 }  // namespace
@@ -70,20 +76,14 @@ std::string device_name(at::Device device) { return properties(device).name; }
 int64_t total_memory_bytes(at::Device device) { return static_cast<int64_t>(properties(device).totalGlobalMem); }
 
 int64_t free_memory_bytes(at::Device device) {
-  at::globalContext().lazyInitDevice(at::kCUDA);  // without it the allocator knows of no device
   const c10::cuda::CUDAGuard guard(device);
   size_t free_bytes = 0;
   size_t total_bytes = 0;
   C10_CUDA_CHECK(cudaMemGetInfo(&free_bytes, &total_bytes));
-  const auto stats = c10::cuda::CUDACachingAllocator::getDeviceStats(device.index());
-  using Stats = c10::CachingDeviceAllocator::DeviceStats;
-  return static_cast<int64_t>(free_bytes) + current(stats, &Stats::reserved_bytes) - current(stats, &Stats::allocated_bytes);
+  const DeviceStats stats = allocator_stats(device);
+  return static_cast<int64_t>(free_bytes) + current(stats.reserved_bytes) - current(stats.allocated_bytes);
 }
 
-int64_t allocated_bytes(at::Device device) {
-  at::globalContext().lazyInitDevice(at::kCUDA);
-  const auto stats = c10::cuda::CUDACachingAllocator::getDeviceStats(device.index());
-  return current(stats, &c10::CachingDeviceAllocator::DeviceStats::allocated_bytes);
-}
+int64_t allocated_bytes(at::Device device) { return current(allocator_stats(device).allocated_bytes); }
 
 }  // namespace rotunda::ops::cuda

@@ -92,8 +92,6 @@ template <typename T>
 T __ldcg(const T* at) {
   return *at;
 }
-inline int atomicAdd(int* at, int x) { return std::exchange(*at, *at + x); }
-inline void __threadfence() {}
 inline void __syncwarp() { rotunda::emulation::Block::current().exchange({}); }
 inline void __syncthreads() {
   rotunda::emulation::Block::current().thread().at_barrier = true;

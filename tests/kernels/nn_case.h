@@ -1,5 +1,6 @@
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <random>
 #include <vector>
@@ -46,18 +47,39 @@ double largest_error(const std::vector<T>& got, const std::vector<T>& expected) 
   return largest;
 }
 
-/// Runs a kernel on random rows and compares. @param run (params, x, weight, y as vectors) fills y
+/// What a norm reads and writes.
+template <typename T>
+struct NormRows {
+  std::vector<T> x, weight, update, y, sum;  ///< update, sum: empty for a norm alone
+};
+
+/// Runs a kernel on random rows, with an update in every other case, and compares norms and sums. @param run (params, rows) fills y and sum
 template <typename T, typename Run>
 double rms_norm_error(int64_t n_rows, int64_t row_size, const Run& run) {
-  std::mt19937 random(static_cast<uint32_t>(31 * n_rows + row_size));
-  const std::vector<T> x = random_values<T>(static_cast<size_t>(n_rows * row_size), 3.0F, random);
-  const std::vector<T> weight = random_values<T>(static_cast<size_t>(row_size), 1.0F, random);
-  std::vector<T> expected(x.size());
-  std::vector<T> y(x.size());
-  RmsNorm p{x.data(), weight.data(), expected.data(), n_rows, row_size, 1e-5F};
-  rms_norm_ref<T>(p);
-  run(p, x, weight, y);
-  return largest_error(y, expected);
+  double error = 0.0;
+  for (const bool with_update : {false, true}) {
+    std::mt19937 random(static_cast<uint32_t>(31 * n_rows + row_size));
+    const auto n = static_cast<size_t>(n_rows * row_size);
+    NormRows<T> rows;
+    rows.x = random_values<T>(n, 3.0F, random);
+    rows.weight = random_values<T>(static_cast<size_t>(row_size), 1.0F, random);
+    if (with_update) rows.update = random_values<T>(n, 3.0F, random);
+    rows.y.resize(n);
+    rows.sum.resize(rows.update.size());
+    NormRows<T> expected = rows;
+    const RmsNorm p{.x = rows.x.data(),
+                    .weight = rows.weight.data(),
+                    .y = expected.y.data(),
+                    .n_rows = n_rows,
+                    .row_size = row_size,
+                    .eps = 1e-5F,
+                    .update = with_update ? rows.update.data() : nullptr,
+                    .sum = with_update ? expected.sum.data() : nullptr};
+    rms_norm_ref<T>(p);
+    run(p, rows);
+    error = std::max({error, largest_error(rows.y, expected.y), 1e9 * largest_error(rows.sum, expected.sum)});  // sums: the same bits
+  }
+  return error;
 }
 
 template <typename T, typename Run>

@@ -18,14 +18,19 @@ class NnGpuTest : public ::testing::Test {
 
 template <typename T>
 double norm_error(int64_t n_rows, int64_t row_size) {
-  using Rows = std::vector<T>;
-  return testing::rms_norm_error<T>(n_rows, row_size, [](RmsNorm p, const Rows& x, const Rows& weight, Rows& y) {
-    const OnGpu gpu_x(x), gpu_weight(weight), gpu_y(y);
-    p.x = gpu_x.as<T>();
-    p.weight = gpu_weight.as<T>();
-    p.y = gpu_y.as<T>();
+  return testing::rms_norm_error<T>(n_rows, row_size, [](RmsNorm p, testing::NormRows<T>& rows) {
+    const OnGpu x(rows.x), weight(rows.weight), update(rows.update), y(rows.y), sum(rows.sum);
+    p.x = x.as<T>();
+    p.weight = weight.as<T>();
+    p.y = y.as<T>();
+    if (p.update != nullptr) {
+      p.update = update.as<T>();
+      p.sum = sum.as<T>();
+    }
     testing::check_cuda(rms_norm_cuda(p, testing::kTypeOf<T>, nullptr), "rms_norm_cuda");
-    testing::check_cuda(cudaMemcpy(y.data(), p.y, y.size() * sizeof(T), cudaMemcpyDeviceToHost), "kernel");
+    testing::check_cuda(cudaMemcpy(rows.y.data(), p.y, rows.y.size() * sizeof(T), cudaMemcpyDeviceToHost), "kernel");
+    if (p.sum == nullptr) return;
+    testing::check_cuda(cudaMemcpy(rows.sum.data(), p.sum, rows.sum.size() * sizeof(T), cudaMemcpyDeviceToHost), "kernel");
   });
 }
 
@@ -60,6 +65,8 @@ TEST_F(NnGpuTest, SwigluOfFewRows) {
 TEST_F(NnGpuTest, Refuses) {
   EXPECT_EQ(rms_norm_cuda({.n_rows = 1, .row_size = 0}, ElementType::kBf16, nullptr), cudaErrorInvalidValue);
   EXPECT_EQ(swiglu_cuda({.n_rows = -1, .row_size = 8}, ElementType::kBf16, nullptr), cudaErrorInvalidValue);
+  const float x = 0.0F;
+  EXPECT_EQ(rms_norm_cuda({.n_rows = 1, .row_size = 1, .update = &x}, ElementType::kFp32, nullptr), cudaErrorInvalidValue);
   EXPECT_EQ(rms_norm_cuda({.n_rows = 0, .row_size = 8}, ElementType::kBf16, nullptr), cudaSuccess);
 }
 

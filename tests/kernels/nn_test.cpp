@@ -18,8 +18,9 @@ using CudaType = std::conditional_t<std::is_same_v<T, float>, float, std::condit
 
 template <typename T, int kSize, int kThreads>
 double emulated_norm_error(int64_t n_rows, int64_t row_size) {
-  return testing::rms_norm_error<T>(n_rows, row_size, [](RmsNorm p, const auto&, const auto&, std::vector<T>& y) {
-    p.y = y.data();
+  return testing::rms_norm_error<T>(n_rows, row_size, [](RmsNorm p, testing::NormRows<T>& rows) {
+    p.y = rows.y.data();
+    if (p.sum != nullptr) p.sum = rows.sum.data();
     std::vector<float> shared(kThreads / 32, std::numeric_limits<float>::quiet_NaN());
     emulation::launch(static_cast<unsigned>(p.n_rows), kThreads,
                       [&] { RmsNormBlock<CudaType<T>, kSize, kThreads>::run(p, shared.data()); });
@@ -42,7 +43,7 @@ TEST(RmsNormTest, NanSpreadsOverItsRowAlone) {
   x[70] = std::numeric_limits<float>::quiet_NaN();
   const std::vector<float> weight(64, 2.0F);
   std::vector<float> y(x.size());
-  const RmsNorm p{x.data(), weight.data(), y.data(), 2, 64, 0.0F};
+  const RmsNorm p{.x = x.data(), .weight = weight.data(), .y = y.data(), .n_rows = 2, .row_size = 64};
   emulation::launch(2, 32, [&] { RmsNormBlock<float, 4, 32>::run(p, nullptr); });
   for (size_t i = 0; i < 64; ++i) {
     EXPECT_EQ(y[i], 2.0F);

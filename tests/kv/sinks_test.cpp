@@ -145,7 +145,9 @@ TEST_F(SinksTest, RestoredSinksGoOnAsTheOldOnes) {
   LayerSinks sinks(kHeads, kHeadDim, 2, 4);
   feed(sinks, 0, 3);
   LayerSinks restored(kHeads, kHeadDim, 2, 4);
-  restored.restore(sinks.entries(), sinks.slots(), sinks.store().export_bytes());
+  ops::TensorBundle bundle;
+  sinks.export_to(bundle, ".7");
+  restored.import_from(bundle, ".7", 3);
   EXPECT_EQ(restored.positions(), sinks.positions());
   for (LayerSinks* each : {&sinks, &restored}) feed(*each, 3, kTokens);
   EXPECT_THAT(restored.positions(), ElementsAre(0, 1, 2, 3, 9, 30));

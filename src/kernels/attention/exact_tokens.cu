@@ -168,8 +168,6 @@ __global__ void write_window_kernel(const __grid_constant__ ExactTokens exact, i
 
 // ---- sinks -----------------------------------------------------------------------------------------------------------
 
-constexpr int kMostSinkSlots = 128;
-
 /// Brings one layer of one sequence to the wanted sinks; all threads of a block.
 /// @param key, value rows of positions first .. first + n - 1
 __device__ void assign_sinks(const Piece& piece, const int64_t* entries, int n_entries, int n_first, int64_t first, int64_t n, const float* key,
@@ -250,6 +248,7 @@ __global__ void decode_sinks_kernel(const __grid_constant__ ExactTokens exact, i
   int64_t* const positions = entries + state;
   const T* const row = hidden + seq * hidden_stride;
   const int64_t position = p.position[seq];
+  if (p.choose[seq] == 0 && position >= n_first) return;
   if (thread == 0) last = INFINITY, last_index = -1;
   const bool choose = p.choose[seq] != 0;
   for (int taken = 0; choose && taken < n_entries; ++taken) {
@@ -332,10 +331,13 @@ constexpr int kThreads = 256;
 
 cudaError_t append_decode_cuda(const ExactTokens& exact, int layer, const DecodeAppend& params, CudaElement type, cudaStream_t stream) {
   const dim3 blocks(static_cast<unsigned>(exact.n_kv_heads), static_cast<unsigned>(params.batch));
-  const cudaError_t error = with_type(type, [&]<typename T>(T) {
+  return with_type(type, [&]<typename T>(T) {
     append_kernel<T><<<blocks, static_cast<unsigned>(exact.head_dim / 2), 0, stream>>>(exact, layer, params);
   });
-  if (error != cudaSuccess || exact.window_blocks + exact.sink_blocks == 0) return error;
+}
+
+cudaError_t exact_masks_cuda(const ExactTokens& exact, int layer, const DecodeAppend& params, cudaStream_t stream) {
+  if (exact.window_blocks + exact.sink_blocks == 0) return cudaSuccess;
   exact_masks_kernel<<<static_cast<unsigned>(params.batch), 32, 0, stream>>>(exact, layer, params);
   return cudaGetLastError();
 }

@@ -51,11 +51,17 @@ struct DecodeAppend {
   int32_t* refused = nullptr;       ///< set to 1 where a key or value is not finite or beyond fp16
 };
 
+/// Slots for sinks that a place may have.
+inline constexpr int kMostSinkSlots = 128;
+
 /// Element types of queries, keys and values.
 enum class CudaElement : uint8_t { kFp32, kBf16, kFp16 };
 
-/// RoPE of queries and keys, the new tokens into the window (where there is one) and the masks of exact tokens: one launch a layer.
+/// RoPE of queries and keys, and the new tokens into the window, where there is one.
 cudaError_t append_decode_cuda(const ExactTokens& exact, int layer, const DecodeAppend& params, CudaElement type, cudaStream_t stream);
+
+/// DecodeAppend::exact_masks, once sinks are what they are to be.
+cudaError_t exact_masks_cuda(const ExactTokens& exact, int layer, const DecodeAppend& params, cudaStream_t stream);
 
 /// Tokens of windows as fp32 rows, of several layers.
 /// @param place, position [n]; position -1: zeros   @param key, value [n_layers][n][n_kv_heads * head_dim]

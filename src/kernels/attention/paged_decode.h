@@ -49,7 +49,7 @@ struct PagedDecode {
   const float* q_exact = nullptr;
 
   const std::byte* pool = nullptr;       ///< pages of page_bytes each
-  int64_t page_bytes = 0;                ///< a multiple of 16
+  int64_t page_bytes = 0;                ///< a multiple of 16 below 2^31
   const int32_t* block_table = nullptr;  ///< [batch][table_stride] numbers of pages in the pool
   int table_stride = 0;
   /// Of a sequence's tokens in pages those from first_token up to stored_len - 1 are attended that page_masks does not leave out. A
@@ -92,17 +92,17 @@ inline constexpr int32_t paged_decode_units(int64_t stored_len, int unit_tokens,
   return static_cast<int32_t>(pieces > 0 ? pieces : 0) + exact_blocks;
 }
 
-/// How a kernel lies over a GPU.
+/// How a kernel lies over a GPU. Who gives one has made the kernel ready on the device that was current, and only there.
 struct PagedDecodeGrid {
-  int blocks;  ///< thread blocks
-  int warps_per_block;
-  int warps() const { return blocks * warps_per_block; }
+  int blocks = 0;  ///< thread blocks
+  int warps_per_block = 0;
+  bool large = false;  ///< with the shared memory of datacentre GPUs
 };
 
-/// Bytes of PagedDecode::workspace: counters, then the parts' maxima and sums, then their outputs.
+/// Bytes of PagedDecode::workspace: counters, then the parts' maxima and sums, then their outputs. Parts: see PartSlots.
 inline int64_t paged_decode_workspace_bytes(const PagedDecodeGrid& grid, int batch, int n_kv_heads, int n_q, int head_dim) {
   const int64_t heads = n_q <= 4 ? 4 : n_q <= 8 ? 8 : 16;
-  const int64_t parts = grid.warps() + 2 * int64_t{batch} * n_kv_heads;
+  const int64_t parts = grid.blocks + 4 * int64_t{batch} * n_kv_heads;
   const int64_t counters = (int64_t{batch} * n_kv_heads * 4 + 255) / 256 * 256;
   return counters + parts * heads * (8 + int64_t{head_dim} * 4);
 }

@@ -2,6 +2,8 @@
 
 #include <cuda_runtime.h>
 
+#include <limits>
+
 #include "kernels/attention/paged_decode.cuh"
 #include "kernels/attention/plain_block.cuh"
 
@@ -13,8 +15,6 @@ inline constexpr int kPagedTokens = 128;  ///< of a page
 /// Shared memory that a block may have on datacentre GPUs since Hopper, and on all since Ampere.
 inline constexpr int kLargeShared = 226 * 1024;
 inline constexpr int kSmallShared = 98 * 1024;
-/// With more warps a thread has too few registers.
-inline constexpr int kMaxPagedWarps = 12;
 
 template <typename Kernel>
 __global__ void __launch_bounds__(Kernel::kThreads, 1) paged_decode_kernel(const __grid_constant__ PagedDecode p) {
@@ -38,26 +38,27 @@ struct SizedKernel {
   using Exact = PlainBlock<__half, kHeadDim, kSets, false, kPagedTokens>;
   static constexpr int kUnitBytes = Pages<kSets>::kStageBytes > Exact::kStageBytes ? Pages<kSets>::kStageBytes : Exact::kStageBytes;
   static constexpr int kFit = (kLargeSize ? kLargeShared : kSmallShared) / (kStages * kUnitBytes);
-  static constexpr int kWarps = kFit < kMaxPagedWarps ? kFit : kMaxPagedWarps;
+  static constexpr int kMost = Pages<kSets>::kMaxWarps < Exact::kMaxWarps ? Pages<kSets>::kMaxWarps : Exact::kMaxWarps;
+  static constexpr int kWarps = kFit < kMost ? kFit : kMost;
   static_assert(kWarps >= 1);
   struct Kernel : PagedDecodeKernel<Pages<kSets>, Exact, kHeadDim, kSets, kWarps, kStages, kPagedTokens> {
     static constexpr bool kLarge = kLargeSize;
   };
 };
 
-/// What is to be done with the kernel that fits.
+/// What is to be done with the kernel that fits. Asking for the grid makes the kernel ready on the device; a launch only launches.
 enum class PagedTask { kGrid, kLaunch };
 
 template <typename Kernel>
 cudaError_t run_task(PagedTask task, const PagedDecode& p, PagedDecodeGrid& grid, cudaStream_t stream) {
   const auto kernel = &paged_decode_kernel<Kernel>;
-  if (const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Kernel::kSharedBytes);
-      error != cudaSuccess)
-    return error;
   if (task == PagedTask::kGrid) {
     int device = 0;
     int processors = 0;
     int per_processor = 0;
+    if (const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Kernel::kSharedBytes);
+        error != cudaSuccess)
+      return error;
     if (const cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
     if (const cudaError_t error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device); error != cudaSuccess)
       return error;
@@ -65,27 +66,30 @@ cudaError_t run_task(PagedTask task, const PagedDecode& p, PagedDecodeGrid& grid
         error != cudaSuccess)
       return error;
     if (per_processor < 1) return cudaErrorInvalidConfiguration;
-    grid = {processors * per_processor, Kernel::kThreads / kWarp};
+    grid = {processors * per_processor, Kernel::kThreads / kWarp, Kernel::kLarge};
     return cudaSuccess;
   }
   kernel<<<static_cast<unsigned>(grid.blocks), Kernel::kThreads, Kernel::kSharedBytes, stream>>>(p);
   return cudaGetLastError();
 }
 
-/// @return cudaErrorInvalidValue where n_q is not 1 to 8
+/// @return cudaErrorInvalidValue where n_q is not 1 to 8 or pages have 2^31 bytes or more
 template <template <int> typename Pages, int kHeadDim, int kStages>
 cudaError_t dispatch_size(PagedTask task, const PagedDecode& p, PagedDecodeGrid& grid, cudaStream_t stream) {
-  int device = 0;
-  int shared = 0;
-  if (const cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
-  if (const cudaError_t error = cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device); error != cudaSuccess)
-    return error;
+  if (p.n_q < 1 || p.n_q > 8 || p.page_bytes > std::numeric_limits<int32_t>::max()) return cudaErrorInvalidValue;
+  bool large = grid.large;
+  if (task == PagedTask::kGrid) {
+    int device = 0;
+    int shared = 0;
+    if (const cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
+    if (const cudaError_t error = cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device); error != cudaSuccess)
+      return error;
+    large = shared >= kLargeShared;
+  }
   const auto sized = [&]<int kSets>() {
-    return shared >= kLargeShared
-               ? run_task<typename SizedKernel<Pages, kHeadDim, kSets, kStages, true>::Kernel>(task, p, grid, stream)
-               : run_task<typename SizedKernel<Pages, kHeadDim, kSets, kStages, false>::Kernel>(task, p, grid, stream);
+    return large ? run_task<typename SizedKernel<Pages, kHeadDim, kSets, kStages, true>::Kernel>(task, p, grid, stream)
+                 : run_task<typename SizedKernel<Pages, kHeadDim, kSets, kStages, false>::Kernel>(task, p, grid, stream);
   };
-  if (p.n_q < 1 || p.n_q > 8) return cudaErrorInvalidValue;
   return p.n_q <= 4 ? sized.template operator()<1>() : sized.template operator()<2>();
 }
 

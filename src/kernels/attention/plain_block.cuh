@@ -14,14 +14,19 @@ namespace rotunda::kernels {
 template <typename T, int kHeadDim, int kSets, bool kOfPage, int kPageTokens, int kHeads = 1>
 struct PlainBlock {
   static constexpr int kUnitTokens = 16;
-  static constexpr int kHalfBytes = 16 * kHeadDim * 2;  // of keys, of values
-  static constexpr int kStageBytes = 2 * kHalfBytes;
+  static constexpr int kStageBytes = 16 * kHeadDim * 2;
+  static constexpr int kMaxWarps = kSets == 1 && kHeadDim <= 128 ? 16 : 12;
   static constexpr int kSteps = kHeadDim / 16;
   using Convert = SixteenBit<T>;
   using State = WarpState<kHeadDim, kSets>;
 
   struct Query {
     uint32_t b[kSets][kSteps][2];
+  };
+
+  struct Weights {
+    uint32_t b[kSets][2];  ///< probabilities of tokens 2t, 2t + 1 and 8 + 2t, 9 + 2t for column g
+    float keep[kSets];     ///< what is left of the sums so far
   };
 
   static __device__ Query load_query(const PagedDecode& p, int seq, int head) {
@@ -52,24 +57,22 @@ struct PlainBlock {
   static __device__ __forceinline__ int key_place(int piece) { return piece ^ (piece >> 3 & 1); }
   static __device__ __forceinline__ int value_place(int token, int piece) { return token * (kHeadDim / 8) + (piece ^ (token & 7)); }
 
+  template <bool kValues>
   static __device__ __forceinline__ void copy(const PagedDecode& p, std::byte* stage, const UnitAt& at) {
     const int lane = static_cast<int>(threadIdx.x) % kWarp;
     const int blocks = kOfPage ? kPageTokens / 16 : p.exact_blocks;
-    const std::byte* const keys = at.bytes + (int64_t{at.head} * blocks + at.piece) * kHalfBytes;
-    const std::byte* const values = keys + int64_t{p.n_kv_heads} * kHeads * blocks * kHalfBytes;
+    const int64_t block = (int64_t{at.head} + (kValues ? p.n_kv_heads * kHeads : 0)) * blocks + at.piece;
+    const std::byte* const from = at.bytes + block * kStageBytes;
 #pragma unroll
-    for (int i = 0; i < kHalfBytes / 16 / kWarp; ++i) {
+    for (int i = 0; i < kStageBytes / 16 / kWarp; ++i) {
       const int piece = i * kWarp + lane;
-      ptx::copy_16_async(stage + 16 * key_place(piece), keys + 16 * piece);
-    }
-#pragma unroll
-    for (int i = 0; i < kHalfBytes / 16 / kWarp; ++i) {
-      const int piece = i * kWarp + lane;
-      ptx::copy_16_async(stage + kHalfBytes + 16 * value_place(piece / (kHeadDim / 8), piece % (kHeadDim / 8)), values + 16 * piece);
+      const int place = kValues ? value_place(piece / (kHeadDim / 8), piece % (kHeadDim / 8)) : key_place(piece);
+      ptx::copy_16_async(stage + 16 * place, from + 16 * piece);
     }
   }
 
-  static __device__ __forceinline__ void attend(const PagedDecode&, const std::byte* stage, const UnitAt& at, const Query& query, State& state) {
+  static __device__ __forceinline__ Weights attend_keys(const PagedDecode&, const std::byte* stage, const UnitAt& at, const Query& query,
+                                                        State& state) {
     const int lane = static_cast<int>(threadIdx.x) % kWarp;
     const int g = lane / 4;
     const int matrix = lane / 8;
@@ -86,32 +89,38 @@ struct PlainBlock {
     unsigned attended = at.tokens >= 16 ? 0xffffU : (1U << at.tokens) - 1;
     if (at.first > 0) attended &= 0xffffU << at.first;
     if (at.masks != nullptr) attended &= *at.masks;
-    uint32_t b[kSets][2];
-    float keep[kSets];
+    Weights weights;
 #pragma unroll
     for (int s = 0; s < kSets; ++s) {
       const float first = (attended >> g & 1U) != 0 ? scores[s][0] + scores[s][1] : -INFINITY;
       const float second = (attended >> (g + 8) & 1U) != 0 ? scores[s][2] + scores[s][3] : -INFINITY;
       const float top = fmaxf(state.max[s], max_over_rows(fmaxf(first, second)));
       const float base = top == -INFINITY ? 0.0F : top;
-      keep[s] = ptx::exp2_approximate(state.max[s] - base);
+      weights.keep[s] = ptx::exp2_approximate(state.max[s] - base);
       const float p0 = ptx::exp2_approximate(first - base);
       const float p1 = ptx::exp2_approximate(second - base);
       state.max[s] = top;
-      state.sum[s] = state.sum[s] * keep[s] + p0 + p1;
-      b[s][0] = ptx::transpose_matrix(both_columns(p0));
-      b[s][1] = ptx::transpose_matrix(both_columns(p1));
+      state.sum[s] = state.sum[s] * weights.keep[s] + p0 + p1;
+      weights.b[s][0] = ptx::transpose_matrix(both_columns(p0));
+      weights.b[s][1] = ptx::transpose_matrix(both_columns(p1));
     }
+    return weights;
+  }
+
+  static __device__ __forceinline__ void add_values(const std::byte* stage, const Weights& weights, State& state) {
+    const int lane = static_cast<int>(threadIdx.x) % kWarp;
+    const int matrix = lane / 8;
+    const int row = lane % 8;
 #pragma unroll
     for (int k = 0; k < kSteps; ++k) {
       uint32_t a[4];
-      ptx::load_matrices_transposed(a, stage + kHalfBytes + 16 * value_place(matrix / 2 * 8 + row, 2 * k + matrix % 2));
+      ptx::load_matrices_transposed(a, stage + 16 * value_place(matrix / 2 * 8 + row, 2 * k + matrix % 2));
 #pragma unroll
       for (int s = 0; s < kSets; ++s) {
         float sum[4] = {};
-        ptx::mma(sum, a, b[s][0], b[s][1], T());
-        state.out[s][2 * k] = fmaf(state.out[s][2 * k], keep[s], sum[0] + sum[1]);
-        state.out[s][2 * k + 1] = fmaf(state.out[s][2 * k + 1], keep[s], sum[2] + sum[3]);
+        ptx::mma(sum, a, weights.b[s][0], weights.b[s][1], T());
+        state.out[s][2 * k] = fmaf(state.out[s][2 * k], weights.keep[s], sum[0] + sum[1]);
+        state.out[s][2 * k + 1] = fmaf(state.out[s][2 * k + 1], weights.keep[s], sum[2] + sum[3]);
       }
     }
   }
@@ -122,7 +131,7 @@ struct PlainBlock {
     return Convert::bits(high) | Convert::bits(Convert::round(x - Convert::widen(high))) << 16;
   }
 
-  static __device__ __forceinline__ void write_out(const State& state, float* to) {
+  static __device__ __forceinline__ void write_out(const State& state, float* to, int row) {
     const int lane = static_cast<int>(threadIdx.x) % kWarp;
     const int g = lane / 4;
     const int t = lane % 4;
@@ -130,8 +139,8 @@ struct PlainBlock {
     for (int s = 0; s < kSets; ++s) {
 #pragma unroll
       for (int k = 0; k < kSteps; ++k) {
-        to[(4 * s + t) * kHeadDim + 16 * k + g] = state.out[s][2 * k];
-        to[(4 * s + t) * kHeadDim + 16 * k + 8 + g] = state.out[s][2 * k + 1];
+        to[(4 * s + t) * row + 16 * k + g] = state.out[s][2 * k];
+        to[(4 * s + t) * row + 16 * k + 8 + g] = state.out[s][2 * k + 1];
       }
     }
   }

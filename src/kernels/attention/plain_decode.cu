@@ -5,7 +5,7 @@ namespace rotunda::kernels {
 
 namespace {
 
-constexpr int kStages = 3;
+constexpr int kStages = 2;
 
 template <typename T, int kHeadDim>
 struct PlainPages {

@@ -10,7 +10,7 @@ namespace rotunda::kernels {
 /// Units of pages in plain_decode_cuda, for paged_decode_units.
 inline constexpr int kPlainUnitTokens = 16;
 
-/// The grid that plain_decode_cuda wants on the current device; of `shape` only n_q and head_dim are read.
+/// The grid that plain_decode_cuda wants on the current device, which is made ready for it; of `shape` only n_q and head_dim are read.
 /// @return cudaErrorInvalidValue for a type, head_dim or n_q without a kernel
 cudaError_t plain_decode_grid(const PagedDecode& shape, ElementType type, PagedDecodeGrid* grid);
 

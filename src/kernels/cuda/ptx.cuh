@@ -107,6 +107,13 @@ __device__ __forceinline__ void wait_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
+/// Adds one to a counter in global memory. What this thread's block wrote before its last barrier is seen by whoever reads the sum here.
+__device__ __forceinline__ int add_one(int* counter) {
+  int before;
+  asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
+  return before;
+}
+
 /// 2^x; 0 for -inf.
 __device__ __forceinline__ float exp2_approximate(float x) {
   float y;

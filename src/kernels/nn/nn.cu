@@ -46,7 +46,9 @@ bool fits_grid(int64_t n_blocks) { return n_blocks <= std::numeric_limits<int32_
 cudaError_t rms_norm_cuda(const RmsNorm& p, ElementType type, cudaStream_t stream) {
   if (p.row_size <= 0 || p.n_rows < 0 || !fits_grid(p.n_rows)) return cudaErrorInvalidValue;
   if (p.n_rows == 0) return cudaSuccess;
-  const bool vectors = p.row_size * element_bytes(type) % kVectorBytes == 0 && aligned(p.x) && aligned(p.weight) && aligned(p.y);
+  if (p.update != nullptr && p.sum == nullptr) return cudaErrorInvalidValue;
+  const bool vectors = p.row_size * element_bytes(type) % kVectorBytes == 0 && aligned(p.x) && aligned(p.weight) && aligned(p.y) &&
+                       aligned(p.update) && aligned(p.sum);
   return dispatch(type, vectors, [&]<typename T, int kSize>() {
     const auto blocks = static_cast<unsigned>(p.n_rows);
     constexpr int kWarp = 32;

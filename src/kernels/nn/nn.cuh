@@ -43,18 +43,26 @@ struct RmsNormBlock {
     using Vector = Pack<T, kSize>;
     const int64_t n = p.row_size / kSize;
     const Vector* x = static_cast<const Vector*>(p.x) + blockIdx.x * n;
+    const Vector* update = p.update == nullptr ? nullptr : static_cast<const Vector*>(p.update) + blockIdx.x * n;
+    Vector* sums = p.update == nullptr ? nullptr : static_cast<Vector*>(p.sum) + blockIdx.x * n;
     const Vector* weight = static_cast<const Vector*>(p.weight);
     Vector* y = static_cast<Vector*>(p.y) + blockIdx.x * n;
     float sum = 0.0F;
     for (int64_t i = threadIdx.x; i < n; i += kThreads) {
-      const Vector values = x[i];
+      Vector values = x[i];
+      if (update != nullptr) {
+        const Vector more = update[i];
+        for (int e = 0; e < kSize; ++e) values.at[e] = round_to<T>(widen(values.at[e]) + widen(more.at[e]));
+        sums[i] = values;
+      }
       for (int e = 0; e < kSize; ++e) sum += widen(values.at[e]) * widen(values.at[e]);
     }
     sum = sum_of_block(sum, of_warps);
     const float scale = __fdiv_rn(1.0F, __fsqrt_rn(sum / static_cast<float>(p.row_size) + p.eps));
-    // The second reading finds the row in L1.
+    // The second reading finds the row in L1; every thread reads what it has written itself.
+    const Vector* rows = update != nullptr ? sums : x;
     for (int64_t i = threadIdx.x; i < n; i += kThreads) {
-      const Vector values = x[i];
+      const Vector values = rows[i];
       const Vector gains = weight[i];
       Vector result;
       for (int e = 0; e < kSize; ++e) {

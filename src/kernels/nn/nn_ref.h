@@ -12,13 +12,19 @@ inline float round_as(float x, float) { return x; }
 inline BFloat16 round_as(float x, BFloat16) { return to_bfloat16(x); }
 inline Half round_as(float x, Half) { return to_half(x); }
 
-/// What rms_norm_cuda does, one element at a time, sums in fp64: x * scale is rounded to T, and so is the product with the weight, as
+/// What rms_norm_cuda does, one element at a time, sums in fp64: x + update is rounded to T, x * scale is rounded to T, and so is the product with the weight, as
 /// Hugging Face does. A row that holds NaN or Inf becomes NaN where it is not 0.
 template <typename T>
 void rms_norm_ref(const RmsNorm& p) {
   const T* x = static_cast<const T*>(p.x);
   const T* weight = static_cast<const T*>(p.weight);
   T* y = static_cast<T*>(p.y);
+  if (p.update != nullptr) {
+    const T* update = static_cast<const T*>(p.update);
+    T* sum = static_cast<T*>(p.sum);
+    for (int64_t i = 0; i < p.n_rows * p.row_size; ++i) sum[i] = round_as(to_float(x[i]) + to_float(update[i]), T());
+    x = sum;
+  }
   for (int64_t row = 0; row < p.n_rows; ++row) {
     double sum = 0.0;
     for (int64_t i = 0; i < p.row_size; ++i) {

@@ -8,6 +8,7 @@
 
 #include "base/check.h"
 #include "kv/head_rotation.h"
+#include "kv/launch_cuda.h"
 #include "kv/paged_cache.h"
 #include "kv/rotate/kernels/rotate_decode_cuda.h"
 #include "kv/rotate/kernels/rotate_load_cuda.h"
@@ -17,10 +18,6 @@
 namespace rotunda::kv::rotate {
 
 namespace {
-
-void check_launch(const char* kernel, cudaError_t error) {
-  ROTUNDA_ASSERT(error == cudaSuccess, kernel, ": ", cudaGetErrorString(error));
-}
 
 // [n_layers, kv_channels] int16, bits of uint16, on the GPU.
 at::Tensor to_gpu(const std::vector<std::vector<uint16_t>>& tables) {
@@ -114,7 +111,7 @@ class RotateCodecCuda final : public PageCodecCuda {
     p.pairs = reinterpret_cast<const StorePair*>(pairs.const_data_ptr<int32_t>());
     p.n_pairs = static_cast<int>(pairs.size(0));
     p.refused = refused.mutable_data_ptr<int32_t>();
-    check_launch("rotate_store_cuda", rotate_store_cuda(p, at::cuda::getCurrentCUDAStream()));
+    check_launch(rotate_store_cuda(p, at::cuda::getCurrentCUDAStream()), "rotate_store");
   }
 
   std::pair<at::Tensor, at::Tensor> load(int layer, const PagesCuda& pages, const at::Tensor& table, const at::Tensor& cos,
@@ -133,7 +130,7 @@ class RotateCodecCuda final : public PageCodecCuda {
     p.key = rotated.mutable_data_ptr<float>();
     p.value = value.mutable_data_ptr();
     p.value_type = element_type(dtype);
-    check_launch("rotate_load_cuda", rotate_load_cuda(p, at::cuda::getCurrentCUDAStream()));
+    check_launch(rotate_load_cuda(p, at::cuda::getCurrentCUDAStream()), "rotate_load");
     const at::Tensor plain = transformed(rotated, /*inverse=*/true).view({n_tokens, model_.n_kv_heads, model_.head_dim});
     return {ops::apply_rope(plain, cos, sin).transpose(0, 1).to(dtype).contiguous(), value};
   }
@@ -142,8 +139,13 @@ class RotateCodecCuda final : public PageCodecCuda {
   int unit_tokens() const override { return kRotateUnitTokens; }
   kernels::PagedDecodeGrid decode_grid(const kernels::PagedDecode&) const override {
     kernels::PagedDecodeGrid grid;
-    check_launch("rotate_decode_grid", rotate_decode_grid(&grid));
+    check_launch(rotate_decode_grid(&grid), "rotate_decode_grid");
     return grid;
+  }
+
+  void prepare_decode(const kernels::PagedDecodeGrid& grid, int batch, int table_stride) const override {
+    workspace(grid, batch);
+    page_table(table_stride);
   }
 
   void decode(int layer, kernels::PagedDecode p, const kernels::PagedDecodeGrid& grid) const override {
@@ -170,7 +172,7 @@ class RotateCodecCuda final : public PageCodecCuda {
     p.q_exact = exact.const_data_ptr<float>();
     p.q_pages = pages.const_data_ptr<float>();
     p.out = padded_out.mutable_data_ptr<float>();
-    check_launch("rotate_decode_cuda", rotate_decode_cuda(p, grid, at::cuda::getCurrentCUDAStream()));
+    check_launch(rotate_decode_cuda(p, grid, at::cuda::getCurrentCUDAStream()), "rotate_decode");
     if (n_q < kRotateQueries) out.copy_(padded_out.narrow(1, 0, n_q));
   }
 
@@ -179,8 +181,7 @@ class RotateCodecCuda final : public PageCodecCuda {
     return reinterpret_cast<const uint16_t*>(key_group_.const_data_ptr<int16_t>()) + int64_t{layer} * layout_.kv_channels();
   }
 
-  // One of each for every size that there was, so that recorded graphs find theirs again: the first step of a size is not one that is
-  // recorded.
+  // One of each for every size that there was, so that recorded graphs find theirs again.
   const at::Tensor& page_table(int n_pages) const {
     at::Tensor& table = page_tables_[n_pages];
     if (!table.defined()) {

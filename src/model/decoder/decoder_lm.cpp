@@ -16,6 +16,7 @@
 #include "io/checkpoint_index.h"
 #include "model/nn/linear.h"
 #include "model/nn/mlp.h"
+#include "model/nn/residual_stream.h"
 #include "model/nn/rms_norm.h"
 #include "model/weight_loader.h"
 
@@ -62,13 +63,13 @@ class DecoderLm final : public CausalLm {
   at::Tensor forward(const at::Tensor& tokens, kv::KvCache& cache) const override {
     const c10::NoGradGuard no_grad;
     check_tokens(tokens);
-    at::Tensor x = at::embedding(weights_.embedding, tokens.to(info_.kv.device));  // [T, hidden_size]
+    nn::ResidualStream x(at::embedding(weights_.embedding, tokens.to(info_.kv.device)));  // [T, hidden_size]
     for (int layer = 0; layer < config_.n_layers; ++layer) {
       const DecoderLayer& w = weights_.layers[static_cast<size_t>(layer)];
-      x = attention(layer, w, x, cache);
-      x = w.mlp(nn::rms_norm(x, w.mlp_norm, config_.rms_norm_eps), x);
+      attention(layer, w, x, cache);
+      w.mlp(x.norm(w.mlp_norm, config_.rms_norm_eps), x);
     }
-    return nn::rms_norm(x, weights_.final_norm, config_.rms_norm_eps);
+    return x.norm(weights_.final_norm, config_.rms_norm_eps);
   }
 
   at::Tensor logits(const at::Tensor& hidden) const override {
@@ -91,20 +92,20 @@ class DecoderLm final : public CausalLm {
 
  private:
   // x + W_o attend(...)
-  at::Tensor attention(int layer, const DecoderLayer& w, const at::Tensor& x, kv::KvCache& cache) const {
-    const int64_t n = x.size(0);
-    const std::vector<at::Tensor> qkv = w.qkv(nn::rms_norm(x, w.attention_norm, config_.rms_norm_eps));
+  void attention(int layer, const DecoderLayer& w, nn::ResidualStream& x, kv::KvCache& cache) const {
+    const std::vector<at::Tensor> qkv = w.qkv(x.norm(w.attention_norm, config_.rms_norm_eps));
+    const int64_t n = qkv[0].size(0);
     kv::AttendInput in;
     in.q = qkv[0].view({n, config_.n_heads, config_.head_dim});
     in.k = qkv[1].view({n, config_.n_kv_heads, config_.head_dim});
     in.v = qkv[2].view({n, config_.n_kv_heads, config_.head_dim});
-    in.hidden = x;
+    in.hidden = x.value();
     if (config_.qk_norm) {
       in.q = nn::rms_norm(in.q, w.q_norm, config_.rms_norm_eps);
       in.k = nn::rms_norm(in.k, w.k_norm, config_.rms_norm_eps);
     }
     const at::Tensor y = cache.attend(layer, in).reshape({n, -1});  // [T, n_heads * head_dim]
-    return nn::linear_add(y, w.o_weight, w.o_bias, x);
+    x.add_linear(y, w.o_weight, w.o_bias);
   }
 
   void check_tokens(const at::Tensor& tokens) const {

@@ -15,8 +15,8 @@ at::Tensor SwigluMlp::gated(const at::Tensor& x) const {
   return at::silu(projected[0]).mul_(projected[1]);
 }
 
-at::Tensor SwigluMlp::operator()(const at::Tensor& x, const at::Tensor& residual) const {
-  return linear_add(gated(x), down_weight, down_bias, residual);  // [T, hidden_size]
+void SwigluMlp::operator()(const at::Tensor& x, ResidualStream& stream) const {
+  stream.add_linear(gated(x), down_weight, down_bias);
 }
 
 }  // namespace rotunda::model::nn

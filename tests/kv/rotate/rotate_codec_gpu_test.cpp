@@ -49,6 +49,7 @@ class RotateCodecGpuTest : public ::testing::TestWithParam<std::tuple<int, int, 
     }
     codec_ = make_rotate_codec_cuda(model_, options_, key_groups_);
     matrix_ = hadamard_matrix(layout_.group_channels(), at::kDouble);
+    positions_ = at::arange(kTokens, at::TensorOptions().dtype(at::kLong).device(at::kCUDA));
     std::tie(cos_, sin_) = model_.rope.cos_sin(at::arange(kTokens, at::kLong), kTokens);
   }
 
@@ -64,7 +65,7 @@ class RotateCodecGpuTest : public ::testing::TestWithParam<std::tuple<int, int, 
   RotatePageLayout layout_;
   std::vector<std::vector<uint16_t>> key_groups_;
   std::unique_ptr<PageCodecCuda> codec_;
-  at::Tensor matrix_, cos_, sin_;
+  at::Tensor matrix_, cos_, sin_, positions_;
 };
 
 /// fp32 sums of up to 512 elements of size 4: a few 1e-6.
@@ -80,7 +81,7 @@ TEST_P(RotateCodecGpuTest, PackableTurnsBackAndRotates) {
   const at::Tensor plain = at::randn({kLayers, kTokens, n_kv_heads_, head_dim_});
   std::vector<at::Tensor> turned;
   for (int layer = 0; layer < kLayers; ++layer) turned.push_back(ops::apply_rope(plain[layer], cos_, sin_));
-  const at::Tensor rows = codec_->packable(0, at::stack(turned).to(at::kCUDA), cos_.to(at::kCUDA), sin_.to(at::kCUDA));
+  const at::Tensor rows = codec_->packable(0, at::stack(turned).to(at::kCUDA), cos_.to(at::kCUDA), sin_.to(at::kCUDA), positions_);
   ASSERT_EQ(rows.sizes(), (std::vector<int64_t>{kLayers, kTokens, model_.kv_channels()}));
   ASSERT_TRUE(rows.is_contiguous());
   EXPECT_LT((rows.cpu().to(at::kDouble) - transformed(plain.view(rows.sizes()), false)).abs().max().item<double>(), kTolerance);
@@ -130,10 +131,10 @@ TEST_P(RotateCodecGpuTest, StoresAndLoads) {
     const at::Tensor numbers = at::tensor(table, at::kInt).to(at::kCUDA);
     const at::Tensor cos = cos_.to(at::kCUDA);
     const at::Tensor sin = sin_.to(at::kCUDA);
-    const auto [k, v] = codec_->load(index, pages, numbers, cos, sin, at::kFloat);
+    const auto [k, v] = codec_->load(index, pages, numbers, cos, sin, positions_, at::kFloat);
     EXPECT_LT((k.cpu().to(at::kDouble) - ops::apply_rope(plain, cos_, sin_).transpose(0, 1)).abs().max().item<double>(), kTolerance);
     EXPECT_TRUE(at::equal(v.cpu(), want_value.to(at::kFloat).view({kTokens, n_kv_heads_, head_dim_}).transpose(0, 1)));
-    const auto [k16, v16] = codec_->load(index, pages, numbers, cos, sin, at::kBFloat16);
+    const auto [k16, v16] = codec_->load(index, pages, numbers, cos, sin, positions_, at::kBFloat16);
     EXPECT_TRUE(at::equal(k16, k.to(at::kBFloat16)));
     EXPECT_TRUE(at::equal(v16, v.to(at::kBFloat16)));
   }
@@ -177,7 +178,7 @@ TEST_P(RotateCodecGpuTest, Decodes) {
   p.out = out.mutable_data_ptr<float>();
   codec_->decode(layer, p, codec_->decode_grid(p));
 
-  const auto [k, v] = codec_->load(layer, pages, table, cos_.to(at::kCUDA), sin_.to(at::kCUDA), at::kFloat);
+  const auto [k, v] = codec_->load(layer, pages, table, cos_.to(at::kCUDA), sin_.to(at::kCUDA), positions_, at::kFloat);
   const at::Tensor expected = at::bmm(at::bmm(q, k.transpose(1, 2)).softmax(-1), v);
   // Keys of size 1 and scores of size 1: the kernel's fp16 keys and queries err by about 1e-3 of a score.
   EXPECT_LT(((out - expected).norm() / expected.norm()).item<double>(), 2e-3);

@@ -4,18 +4,16 @@
 
 #include "kernels/attention/paged_decode.h"
 #include "kv/house/kernels/house_query_params.h"
+#include "kv/house/kernels/house_unit.h"
 
 namespace rotunda::kv::house {
 
-/// Units of pages in house_decode_cuda, for paged_decode_units: a page.
-inline constexpr int kHouseUnitTokens = 128;
-
-/// The grid that house_decode_cuda wants on the current device; of `shape` only n_q and head_dim are read.
+/// The grid that house_decode_cuda wants on the current device, which is made ready for it; of `shape` only n_q and head_dim are read.
 /// @return cudaErrorInvalidValue for bits, a head_dim or n_q without a kernel
 cudaError_t house_decode_grid(const kernels::PagedDecode& shape, int key_bits, int value_bits, kernels::PagedDecodeGrid* grid);
 
 /// Decode attention over pages as in HousePageLayout, 8 blocks a page. Queries enter with 13 bits and a sign (one step
-/// per head), weights times value scales with 14 bits (one step per page and head), sums are exact in 32 bits, the softmax is fp32.
+/// per head), weights times value scales with 14 bits (one step per half page and head), sums are exact in 32 bits, the softmax is fp32.
 /// Async on `stream`; allocates nothing.
 cudaError_t house_decode_cuda(const kernels::PagedDecode& params, int key_bits, int value_bits, const kernels::PagedDecodeGrid& grid,
                               cudaStream_t stream);

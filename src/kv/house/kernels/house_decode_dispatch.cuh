@@ -5,7 +5,7 @@
 
 namespace rotunda::kv::house {
 
-inline constexpr int kHouseStages = 2;
+inline constexpr int kHouseStages = 3;
 
 template <int kKeyBits, int kValueBits, int kHeadDim>
 struct HousePages {

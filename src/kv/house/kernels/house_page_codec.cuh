@@ -3,6 +3,7 @@
 #include "kernels/attention/paged_decode.cuh"
 #include "kernels/cuda/sixteen_bit.cuh"
 #include "kv/house/kernels/house_page.h"
+#include "kv/house/kernels/house_unit.h"
 
 namespace rotunda::kv::house {
 
@@ -14,13 +15,13 @@ using kernels::UnitAt;
 using kernels::WarpState;
 namespace ptx = kernels::ptx;
 
-/// Codec of rotunda2/3/4 for decode attention on GPUs: one page of one kv head is a unit. Codes go to the tensor cores as bytes, straight
+/// Codec of rotunda2/3/4 for decode attention on GPUs: half a page of one kv head is a unit. Codes go to the tensor cores as bytes, straight
 /// from their words by one mask per four elements, as left operands: tokens (for values: channels) are rows, query heads are columns.
 /// Nothing is undone per cached token.
 ///
 /// Lane 4 g + t reads 16 bytes of a key row of words: word t of tokens 4g .. 4g + 3 of 32, so that rows g and g + 8 of two products are
 /// these four tokens, and their scores end in the lane that read them. Queries and weights enter as integers of two bytes, each byte a
-/// column: column 2 h the upper, 2 h + 1 the lower, so both lie in the same lane of the result. A weight is 14 bits, one step per page
+/// column: column 2 h the upper, 2 h + 1 the lower, so both lie in the same lane of the result. A weight is 14 bits, one step per unit
 /// and head.
 ///
 /// 2 and 3 bits: every other group of four codes is left where it stands in the word, two bits up, and its factor is divided by four
@@ -28,18 +29,22 @@ namespace ptx = kernels::ptx;
 template <int kKeyBits, int kValueBits, int kHeadDim, int kSets>
 struct HousePageCodec {
   static constexpr int kPageTokens = 128;
-  static constexpr int kUnitTokens = kPageTokens;
+  static constexpr int kUnitTokens = kHouseUnitTokens;
   static constexpr int kBlocks = kPageTokens / 16;
   using State = WarpState<kHeadDim, kSets>;
 
   static constexpr HousePageLayout layout() { return {kKeyBits, kValueBits, 1, kHeadDim, kBlocks}; }
   static constexpr int kHeadBytes = static_cast<int>(layout().head_bytes());
-  static constexpr int kKeyBytes = static_cast<int>(layout().key_codes_bytes());
-  static constexpr int kValueBytes = static_cast<int>(layout().value_codes_bytes());
-  static constexpr int kWeightWords = kPageTokens / 4 * 10;  // of the weights in transit, see weight_place
-  /// They take the place of the keys' codes, which have been read by then, where there is room.
-  static constexpr int kWeightsAt = kSets * kWeightWords * 4 <= kKeyBytes ? 0 : kHeadBytes;
-  static constexpr int kStageBytes = (kHeadBytes + (kWeightsAt > 0 ? kSets * kWeightWords * 4 : 0) + 127) / 128 * 128;
+  static constexpr int kUnits = kPageTokens / kUnitTokens;  // of a page
+  static constexpr int kKeyBytes = static_cast<int>(layout().key_codes_bytes()) / kUnits;
+  static constexpr int kValueBytes = static_cast<int>(layout().value_codes_bytes()) / kUnits;
+  static constexpr int kScaleBytes = 2 * kUnitTokens;  // of keys, of values
+  static constexpr int kWeightWords = kUnitTokens / 4 * 10;  // of the weights in transit, see weight_place
+  /// They take the place of the keys' codes, which have been read by then, and of more where there is too little room.
+  static constexpr int kScalesAt = kSets * kWeightWords * 4 <= kKeyBytes ? kKeyBytes : kSets * kWeightWords * 4;
+  static constexpr int kStageBytes =
+      ((kScalesAt + 2 * kScaleBytes > kValueBytes ? kScalesAt + 2 * kScaleBytes : kValueBytes) + 127) / 128 * 128;
+  static constexpr int kMaxWarps = kSets == 2 || kHeadDim > 128 ? 8 : 16;
   static constexpr int kKeyRow = static_cast<int>(layout().key_words()) * 4;  // 16-byte pieces of a block's keys
   static constexpr int kValueRow = kHeadDim / 4;                              // 16-byte pieces of a row of values
 
@@ -84,9 +89,13 @@ struct HousePageCodec {
     uint32_t b[kSets][kKeyWords][kGroups<kKeyBits>];  ///< four channels of column g
     float step[kSets];                                ///< of head t: score of one unit of integer times code value, in log 2
     float offset[kSets];                              ///< what a code value's offset adds up to
-    const float2* ab[kSets];                          ///< shift of column g's head; null where there is none
-    float shift_inverse[kSets];                       ///< of column g's head: brings a and b below 1
-    float shift_scale[kSets];                         ///< of head t: takes it back, in log 2
+  };
+
+  struct Weights {
+    uint32_t b[kSets][kUnitTokens / 64][4];  ///< of column g: four tokens of block 4 half + t each
+    float keep[kSets];                       ///< what is left of the sums so far
+    float scale[kSets];                      ///< twice the step, for code values
+    float offset[kSets];                     ///< of code values, times the sum of weights
   };
 
   static __device__ Query load_query(const PagedDecode& p, int seq, int head) {
@@ -141,13 +150,6 @@ struct HousePageCodec {
       query.step[s] = 0.5F * __shfl_sync(kAllLanes, step, 8 * t);
       query.offset[s] =
           -2.0F * ((1 << kKeyBits) - 1) * query.step[s] * static_cast<float>(__shfl_sync(kAllLanes, sum, 8 * t));
-      if (p.shift.n_steps > 0) {
-        const int64_t row = (int64_t{seq} * p.n_kv_heads + head) * p.n_q + h;
-        const float norm = there ? p.shift.norm[row] : 0.0F;
-        query.ab[s] = there ? p.shift.ab + row * p.shift.n_steps * 8 : nullptr;
-        query.shift_inverse[s] = norm > 0 ? 1.0F / norm : 0.0F;
-        query.shift_scale[s] = __shfl_sync(kAllLanes, norm, 8 * t) * kLog2e;
-      }
     }
     return query;
   }
@@ -164,22 +166,33 @@ struct HousePageCodec {
   }
   static __device__ __forceinline__ int value_place(int row, int piece) { return row * kValueRow + (piece ^ value_reader(row) << 1); }
 
+  /// Scales, of keys and of values, come with the keys.
+  template <bool kValues>
   static __device__ __forceinline__ void copy(const PagedDecode&, std::byte* stage, const UnitAt& at) {
     const int lane = static_cast<int>(threadIdx.x) % kWarp;
-    const std::byte* const from = at.bytes + int64_t{at.head} * kHeadBytes + 16 * lane;
+    const std::byte* const head = at.bytes + int64_t{at.head} * kHeadBytes;
     constexpr int kKeyPieces = kKeyBytes / 16;
-    constexpr int kCodePieces = kKeyPieces + kValueBytes / 16;
-    static_assert(kKeyPieces % kWarp == 0 && kCodePieces % kWarp == 0 && kHeadBytes % 16 == 0);
-    std::byte* const keys = stage + 16 * key_place(lane);
+    constexpr int kValuePieces = kValueBytes / 16;
+    constexpr int kScalePieces = kScaleBytes / 16;
+    static_assert(kKeyPieces % kWarp == 0 && kValuePieces % kWarp == 0 && 2 * kScalePieces <= kWarp);
+    if constexpr (kValues) {
+      const std::byte* const from = head + kUnits * kKeyBytes + at.piece * kValueBytes + 16 * lane;
 #pragma unroll
-    for (int i = 0; i < kKeyPieces; i += kWarp) ptx::copy_16_async(keys + 16 * i, from + 16 * i);
+      for (int i = 0; i < kValuePieces; i += kWarp) {
+        const int row = i / kValueRow + (kValueRow < kWarp ? lane / kValueRow : 0);
+        const int piece = i % kValueRow + lane % kValueRow;
+        ptx::copy_16_async(stage + 16 * value_place(row, piece), from + 16 * i);
+      }
+    } else {
+      const std::byte* const from = head + at.piece * kKeyBytes + 16 * lane;
+      std::byte* const keys = stage + 16 * key_place(lane);
 #pragma unroll
-    for (int i = kKeyPieces; i < kCodePieces; i += kWarp) {
-      const int row = (i - kKeyPieces) / kValueRow + (kValueRow < kWarp ? lane / kValueRow : 0);
-      const int piece = (i - kKeyPieces) % kValueRow + lane % kValueRow;
-      ptx::copy_16_async(stage + kKeyBytes + 16 * value_place(row, piece), from + 16 * i);
+      for (int i = 0; i < kKeyPieces; i += kWarp) ptx::copy_16_async(keys + 16 * i, from + 16 * i);
+      if (lane < 2 * kScalePieces) {
+        const int place = at.piece * kScalePieces + lane + (lane < kScalePieces ? 0 : (kUnits - 1) * kScalePieces);
+        ptx::copy_16_async(stage + kScalesAt + 16 * lane, head + kUnits * (kKeyBytes + kValueBytes) + 16 * place);
+      }
     }
-    if (kCodePieces + lane < kHeadBytes / 16) ptx::copy_16_async(stage + 16 * (kCodePieces + lane), from + 16 * kCodePieces);
   }
 
   static __device__ __forceinline__ uint4 piece_at(const std::byte* at) { return *reinterpret_cast<const uint4*>(at); }
@@ -197,31 +210,42 @@ struct HousePageCodec {
 
   // ---- attention ---------------------------------------------------------------------------------------------------
 
-  static constexpr int kTiles = kPageTokens / 32;
+  static constexpr int kTiles = kUnitTokens / 32;
+  static constexpr int kHalves = kUnitTokens / 64;
 
-  /// What the shift took away from the scores: a product of a table of turns [tokens][cos and sin of 8 pairs] and the query's a and b, turned by
-  /// the page's first position. Both in fp16 twice, the number and what is left over: 22 bits.
-  static __device__ __forceinline__ void shift_scores(const PagedDecode& p, const UnitAt& at, const Query& query,
-                                                   float (&scores)[kSets][kTiles][4]) {
+  /// Adds what the shift took away from the scores: a product of a table of turns [tokens][cos and sin of 8 pairs] and the query's a and b,
+  /// turned by the page's first position. Both in fp16 twice, the number and what is left over: 22 bits.
+  static __device__ __forceinline__ void shift_scores(const PagedDecode& p, const UnitAt& at, float (&scores)[kSets][kTiles][4]) {
     const int lane = static_cast<int>(threadIdx.x) % kWarp;
     const int g = lane / 4;
     const int t = lane % 4;
     const uint16_t* const pairs = p.shift.pairs + at.head * p.shift.n_steps * 8;
     const float2* const turns = p.shift.page_table + int64_t{at.page} * (kHeadDim / 2);
-    float sums[kSets][kTiles][2][4] = {};
+    const float2* ab_of[kSets];  // of column g's head; null where there is none
+    float inverse[kSets];        // of column g's head: brings a and b below 1
+    float scale[kSets];          // of head t: takes it back, in log 2
+#pragma unroll
+    for (int s = 0; s < kSets; ++s) {
+      const int h = 4 * s + g / 2;
+      const int64_t row = (int64_t{at.seq} * p.n_kv_heads + at.head) * p.n_q + h;
+      const float norm = h < p.n_q ? p.shift.norm[row] : 0.0F;
+      ab_of[s] = h < p.n_q ? p.shift.ab + row * p.shift.n_steps * 8 : nullptr;
+      inverse[s] = norm > 0 ? 1.0F / norm : 0.0F;
+      scale[s] = __shfl_sync(kAllLanes, norm, 8 * t) * kLog2e;
+    }
     for (int step = 0; step < p.shift.n_steps; ++step) {
       uint32_t b[kSets][2];
       const uint2* rows[2];
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int pair = pairs[8 * step + 4 * i + t];
-        rows[i] = p.shift.token_table + pair * kPageTokens + 4 * g;
+        rows[i] = p.shift.token_table + pair * kPageTokens + at.piece * kUnitTokens + 4 * g;
         const float2 turn = turns[pair];
 #pragma unroll
         for (int s = 0; s < kSets; ++s) {
-          const float2 ab = query.ab[s] == nullptr ? make_float2(0, 0) : query.ab[s][8 * step + 4 * i + t];
-          const float turned_a = (ab.x * turn.x + ab.y * turn.y) * query.shift_inverse[s];
-          const float turned_b = (ab.y * turn.x - ab.x * turn.y) * query.shift_inverse[s];
+          const float2 ab = ab_of[s] == nullptr ? make_float2(0, 0) : ab_of[s][8 * step + 4 * i + t];
+          const float turned_a = (ab.x * turn.x + ab.y * turn.y) * inverse[s];
+          const float turned_b = (ab.y * turn.x - ab.x * turn.y) * inverse[s];
           b[s][i] = kernels::pack_two<__half>(turned_a, turned_b, g % 2 != 0);
         }
       }
@@ -236,20 +260,15 @@ struct HousePageCodec {
           const uint32_t rests[4] = {first.y, first.w, second.y, second.w};
 #pragma unroll
           for (int s = 0; s < kSets; ++s) {
-            ptx::mma(sums[s][tile][pair], numbers, b[s][0], b[s][1], __half());
-            ptx::mma(sums[s][tile][pair], rests, b[s][0], b[s][1], __half());
+            float sum[4] = {};
+            ptx::mma(sum, numbers, b[s][0], b[s][1], __half());
+            ptx::mma(sum, rests, b[s][0], b[s][1], __half());
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+              float& score = scores[s][tile][2 * pair + r];
+              score = fmaf(sum[2 * r] + sum[2 * r + 1], scale[s], score);
+            }
           }
-        }
-      }
-    }
-#pragma unroll
-    for (int s = 0; s < kSets; ++s) {
-#pragma unroll
-      for (int tile = 0; tile < kTiles; ++tile) {
-#pragma unroll
-        for (int r = 0; r < 4; ++r) {
-          const float(&sum)[4] = sums[s][tile][r / 2];
-          scores[s][tile][r] = (sum[r % 2 * 2] + sum[r % 2 * 2 + 1]) * query.shift_scale[s];
         }
       }
     }
@@ -293,7 +312,7 @@ struct HousePageCodec {
         }
       }
       float scales[4];
-      load_scales(stage + kKeyBytes + kValueBytes, tile, g, scales);
+      load_scales(stage + kScalesAt, tile, g, scales);
 #pragma unroll
       for (int s = 0; s < kSets; ++s) {
 #pragma unroll
@@ -307,7 +326,7 @@ struct HousePageCodec {
 
   /// Takes tokens out that are not attended.
   static __device__ __forceinline__ void mask(const UnitAt& at, float (&scores)[kSets][kTiles][4]) {
-    if (at.masks == nullptr && at.tokens >= kPageTokens && at.first <= 0) return;
+    if (at.masks == nullptr && at.tokens >= kUnitTokens && at.first <= 0) return;
     const int g = static_cast<int>(threadIdx.x) % kWarp / 4;
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
@@ -332,23 +351,24 @@ struct HousePageCodec {
   /// What weights are multiplied by before they are rounded: largest weight 16256 = 127 * 128.
   static constexpr float kLargestWeight = 16256.0F;
 
-  static __device__ __forceinline__ void attend(const PagedDecode& p, std::byte* stage, const UnitAt& at, const Query& query, State& state) {
+  static __device__ __forceinline__ Weights attend_keys(const PagedDecode& p, std::byte* stage, const UnitAt& at, const Query& query,
+                                                        State& state) {
     const int lane = static_cast<int>(threadIdx.x) % kWarp;
     const int g = lane / 4;
     const int t = lane % 4;
     float scores[kSets][kTiles][4] = {};
     // First, while few registers are taken.
-    if (p.shift.n_steps > 0) shift_scores(p, at, query, scores);
+    if (p.shift.n_steps > 0) shift_scores(p, at, scores);
     score(stage, query, scores);
     mask(at, scores);
 
-    float keep[kSets];
+    Weights weights;
     float step[kSets];
     float scales[kTiles][4];
 #pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile) load_scales(stage + kKeyBytes + kValueBytes + 2 * kPageTokens, tile, g, scales[tile]);
+    for (int tile = 0; tile < kTiles; ++tile) load_scales(stage + kScalesAt + kScaleBytes, tile, g, scales[tile]);
     __syncwarp();  // the keys have been read
-    auto* const weights = reinterpret_cast<uint32_t*>(stage + kWeightsAt);
+    auto* const in_transit = reinterpret_cast<uint32_t*>(stage);
 #pragma unroll
     for (int s = 0; s < kSets; ++s) {
       float top = -INFINITY;
@@ -359,7 +379,7 @@ struct HousePageCodec {
       }
       top = fmaxf(state.max[s], kernels::max_over_rows(top));
       const float base = top == -INFINITY ? 0.0F : top;
-      keep[s] = ptx::exp2_approximate(state.max[s] - base);
+      weights.keep[s] = ptx::exp2_approximate(state.max[s] - base);
       state.max[s] = top;
       float sum = 0;
       float largest = 0;
@@ -373,7 +393,7 @@ struct HousePageCodec {
           largest = fmaxf(largest, scores[s][tile][r]);
         }
       }
-      state.sum[s] = fmaf(state.sum[s], keep[s], sum);
+      state.sum[s] = fmaf(state.sum[s], weights.keep[s], sum);
       largest = kernels::max_over_rows(largest);
       const float inverse = largest > 1e-30F ? kLargestWeight / largest : 0.0F;
       step[s] = largest * (1.0F / kLargestWeight);
@@ -390,42 +410,34 @@ struct HousePageCodec {
         uint2 columns;  // bits 7 to 13 of the four, then bits 0 to 6
         columns.x = __byte_perm(low << 1, high << 1, 0x7531);
         columns.y = __byte_perm(low, high, 0x6420) & 0x7f7f7f7fU;
-        *reinterpret_cast<uint2*>(weights + s * kWeightWords + weight_place(8 * tile + g, 2 * t)) = columns;
+        *reinterpret_cast<uint2*>(in_transit + s * kWeightWords + weight_place(8 * tile + g, 2 * t)) = columns;
       }
     }
     __syncwarp();
-    add_values(stage, keep, step, state);
-  }
-
-  static __device__ __forceinline__ void add_values(const std::byte* stage, const float (&keep)[kSets], const float (&step)[kSets],
-                                                    State& state) {
-    const int lane = static_cast<int>(threadIdx.x) % kWarp;
-    const int g = lane / 4;
-    const int t = lane % 4;
-    const auto* const weights = reinterpret_cast<const uint32_t*>(stage + kWeightsAt);
-    constexpr int kHalves = kPageTokens / 64;
-    // Column g: four tokens of block 4 half + t each.
-    uint32_t b[kSets][kHalves][4];
-    float scale[kSets];   // twice the step, for code values
-    float offset[kSets];  // of code values, times the sum of weights
 #pragma unroll
     for (int s = 0; s < kSets; ++s) {
       int sums[4];
 #pragma unroll
       for (int half = 0; half < kHalves; ++half) {
 #pragma unroll
-        for (int j = 0; j < 4; ++j) b[s][half][j] = weights[s * kWeightWords + weight_place(16 * half + 4 * t + j, g)];
+        for (int j = 0; j < 4; ++j) weights.b[s][half][j] = in_transit[s * kWeightWords + weight_place(16 * half + 4 * t + j, g)];
         constexpr uint32_t kOnes = 0x01010101U;
         const uint32_t ones[4] = {kOnes, kOnes, divisor<kValueBits>(1) * kOnes, divisor<kValueBits>(1) * kOnes};
-        ptx::mma_u8s8(sums, ones, b[s][half][0], b[s][half][1], half > 0);
-        ptx::mma_u8s8(sums, ones, b[s][half][2], b[s][half][3], true);
+        ptx::mma_u8s8(sums, ones, weights.b[s][half][0], weights.b[s][half][1], half > 0);
+        ptx::mma_u8s8(sums, ones, weights.b[s][half][2], weights.b[s][half][3], true);
       }
-      scale[s] = 2.0F * step[s];
-      offset[s] = -static_cast<float>((1 << kValueBits) - 1) * step[s] * static_cast<float>(sums[0] * 128 + sums[1]);
+      weights.scale[s] = 2.0F * step[s];
+      weights.offset[s] = -static_cast<float>((1 << kValueBits) - 1) * step[s] * static_cast<float>(sums[0] * 128 + sums[1]);
     }
+    return weights;
+  }
+
+  static __device__ __forceinline__ void add_values(const std::byte* values, const Weights& weights, State& state) {
+    const int lane = static_cast<int>(threadIdx.x) % kWarp;
+    const int g = lane / 4;
+    const int t = lane % 4;
     // Rows of block t; those of block 4 half + t lie kHalfRows further, and so does the turn of their pieces.
     constexpr int kHalfRows = kValueBits == 4 ? 8 : kValueBits == 3 ? 6 : 4;
-    const std::byte* const values = stage + kKeyBytes;
     const std::byte* const low_at = values + 16 * value_place(kValueBits == 4 ? 2 * t : kValueBits == 3 ? t + t / 2 : t, g);
 #pragma unroll
     for (int c = 0; c < kHeadDim / 32; ++c) {
@@ -454,7 +466,10 @@ struct HousePageCodec {
             for (int pair = 0; pair < 2; ++pair) {
               const uint32_t a[4] = {codes[2 * pair][j], codes[2 * pair + 1][j], codes[2 * pair][j + 1], codes[2 * pair + 1][j + 1]};
 #pragma unroll
-              for (int s = 0; s < kSets; ++s) ptx::mma_u8s8(sums[s][pair], a, b[s][half][group], b[s][half][group + 1], half + group > 0);
+              for (int s = 0; s < kSets; ++s) {
+                const uint32_t(&b)[4] = weights.b[s][half];
+                ptx::mma_u8s8(sums[s][pair], a, b[group], b[group + 1], half + group > 0);
+              }
             }
           }
         }
@@ -465,13 +480,13 @@ struct HousePageCodec {
         for (int r = 0; r < 4; ++r) {
           const int integer = sums[s][r / 2][r % 2 * 2] * 128 + sums[s][r / 2][r % 2 * 2 + 1];
           float& out = state.out[s][4 * c + r];
-          out = fmaf(static_cast<float>(integer), scale[s], fmaf(out, keep[s], offset[s]));
+          out = fmaf(static_cast<float>(integer), weights.scale[s], fmaf(out, weights.keep[s], weights.offset[s]));
         }
       }
     }
   }
 
-  static __device__ __forceinline__ void write_out(const State& state, float* to) {
+  static __device__ __forceinline__ void write_out(const State& state, float* to, int row) {
     const int lane = static_cast<int>(threadIdx.x) % kWarp;
     const int g = lane / 4;
     const int t = lane % 4;
@@ -480,7 +495,7 @@ struct HousePageCodec {
 #pragma unroll
       for (int c = 0; c < kHeadDim / 32; ++c) {
         const float* const out = state.out[s] + 4 * c;
-        *reinterpret_cast<float4*>(to + (4 * s + t) * kHeadDim + 32 * c + 4 * g) = make_float4(out[0], out[1], out[2], out[3]);
+        *reinterpret_cast<float4*>(to + (4 * s + t) * row + 32 * c + 4 * g) = make_float4(out[0], out[1], out[2], out[3]);
       }
     }
   }

@@ -218,7 +218,8 @@ class HouseStoreWarp {
     const float result = p_.scale == ScaleRule::kUnbiased ? __fdiv_rn(e, yc) : __fdiv_rn(yc, cc);
     taken = taken && fits(result);
     const uint16_t half = __half_as_ushort(__float2half_rn(result));
-    *scale = half == 0 ? 1 : half;
+    // A refused token gets the scale 0: what masks leave out must be finite all the same.
+    *scale = !taken ? 0 : half == 0 ? 1 : half;
     return taken;
   }
 

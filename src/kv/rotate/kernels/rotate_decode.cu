@@ -8,7 +8,7 @@ namespace {
 
 // 16 tokens by 512 channels take 128 registers of a thread: no more warps than have 255 each.
 constexpr int kWarps = 8;
-constexpr int kStages = 2;
+constexpr int kStages = 3;
 
 struct Kernel : kernels::PagedDecodeKernel<RotatePageCodec, RotatePageCodec::Exact, kRotateHeadDim, kRotateHeads, kWarps, kStages, 128> {
   static constexpr bool kLarge = true;

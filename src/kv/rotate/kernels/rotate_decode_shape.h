@@ -15,7 +15,7 @@ inline constexpr int kRotateQueries = 4;
 inline constexpr int kRotateUnitTokens = 16;
 /// Quantization groups of a layer's keys: for so many shared memory has room for a unit's scales, for so many four times, which spares
 /// bank conflicts.
-inline constexpr int kRotateMostGroups = 56;
+inline constexpr int kRotateMostGroups = 48;
 inline constexpr int kRotateCopiedGroups = 16;
 
 /// Bytes from the scales of one group to those of the next.

@@ -32,14 +32,14 @@ struct RotatePageCodec {
 
   // ---- a unit in shared memory -------------------------------------------------------------------------------------
 
+  // Keys: codes, then scales and zero points of all groups. Values: codes of the four heads, their scales, their zero points.
   static constexpr int kKeyBytes = kWords * 16 * 4;
-  static constexpr int kValuesAt = kKeyBytes;
+  static constexpr int kKeyScalesAt = kKeyBytes;
+  static constexpr int kStageBytes = kKeyBytes + kRotateMostGroups * 16 * 4;
   static constexpr int kValueHeadBytes = 16 * kHeadDim / 4;
-  static constexpr int kValueScalesAt = kValuesAt + kSets * kValueHeadBytes;
+  static constexpr int kValueScalesAt = kSets * kValueHeadBytes;
   static constexpr int kValueZerosAt = kValueScalesAt + kSets * 32;
-  static constexpr int kKeyScalesAt = kValueZerosAt + kSets * 32;
-  static constexpr int kStageBytes = 8192;
-  static_assert(kKeyScalesAt + kRotateMostGroups * 16 * 4 <= kStageBytes);
+  static_assert(kValueZerosAt + kSets * 32 <= kStageBytes);
 
   /// Shared memory that outlives units: the turned queries as right operands [set][step][lane], then the scales of the unit's tokens.
   static constexpr int kQueryBytes = kSets * (kHeadDim / 16) * kWarp * 8;
@@ -52,36 +52,51 @@ struct RotatePageCodec {
   static __device__ __forceinline__ int key_place(int word, int quad) { return word * 4 + (quad ^ (word >> 1 & 1) * 2); }
   static __device__ __forceinline__ int value_row(int token) { return (token >> 1 & 3) | (token & 1) << 2 | (token & 8); }
 
-  static __device__ __forceinline__ void copy(const PagedDecode& p, std::byte* stage, const UnitAt& at) {
-    const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  static __device__ __forceinline__ RotatePageLayout layout(const PagedDecode& p) {
     const int heads = p.n_kv_heads * kSets;
-    const int groups = p.rotate.n_quant_groups;
-    const int group_size = heads * kHeadDim / groups;
     const ZeroPoint zero = p.rotate.minimum ? ZeroPoint::kMinimum : ZeroPoint::kCode;
-    const RotatePageLayout l{2, zero, heads, kHeadDim, kSets, group_size, kPageTokens / 16};
+    return {2, zero, heads, kHeadDim, kSets, heads * kHeadDim / p.rotate.n_quant_groups, kPageTokens / 16};
+  }
+
+  template <bool kValues>
+  static __device__ __forceinline__ void copy(const PagedDecode& p, std::byte* stage, const UnitAt& at) {
+    if constexpr (kValues) copy_values(p, stage, at);
+    else copy_keys(p, stage, at);
+  }
+
+  static __device__ __forceinline__ void copy_keys(const PagedDecode& p, std::byte* stage, const UnitAt& at) {
+    const int lane = static_cast<int>(threadIdx.x) % kWarp;
+    const RotatePageLayout l = layout(p);
+    const int groups = p.rotate.n_quant_groups;
     const std::byte* const keys = at.bytes + int64_t{at.head * (kPageTokens / 16) + at.piece} * kKeyBytes;
 #pragma unroll
     for (int i = 0; i < kKeyBytes / 16 / kWarp; ++i) {
       const int piece = i * kWarp + lane;
       ptx::copy_16_async(stage + 16 * key_place(piece / 4, piece % 4), keys + 16 * piece);
     }
+    const int zero_bytes = l.zero_bytes() * 16;  // of a group and block
+    const std::byte* const scales = at.bytes + l.key_scale_offset() + int64_t{at.piece} * groups * 32;
+    for (int i = lane; i < groups * 2; i += kWarp) ptx::copy_16_async(stage + kKeyScalesAt + 16 * i, scales + 16 * i);
+    const std::byte* const zeros = at.bytes + l.key_zero_offset() + int64_t{at.piece} * groups * zero_bytes;
+    for (int i = lane; i < groups * zero_bytes / 16; i += kWarp)
+      ptx::copy_16_async(stage + kKeyScalesAt + groups * 32 + 16 * i, zeros + 16 * i);
+  }
+
+  static __device__ __forceinline__ void copy_values(const PagedDecode& p, std::byte* stage, const UnitAt& at) {
+    const int lane = static_cast<int>(threadIdx.x) % kWarp;
+    const RotatePageLayout l = layout(p);
     const std::byte* const values = at.bytes + l.value_codes_offset();
 #pragma unroll
     for (int s = 0; s < kSets; ++s) {
       static_assert(kValueHeadBytes == 16 * kWarp);
       const std::byte* const from = values + int64_t{(at.head * kSets + s) * kPageTokens + at.piece * 16} * (kHeadDim / 4);
-      ptx::copy_16_async(stage + kValuesAt + s * kValueHeadBytes + 16 * (value_row(lane / 2) * 2 + lane % 2), from + 16 * lane);
+      ptx::copy_16_async(stage + s * kValueHeadBytes + 16 * (value_row(lane / 2) * 2 + lane % 2), from + 16 * lane);
     }
-    const int zero_bytes = l.zero_bytes() * 16;  // of a group and block
-    const std::byte* const key_scales = at.bytes + l.key_scale_offset() + int64_t{at.piece} * groups * 32;
-    for (int i = lane; i < groups * 2; i += kWarp) ptx::copy_16_async(stage + kKeyScalesAt + 16 * i, key_scales + 16 * i);
-    const std::byte* const key_zeros = at.bytes + l.key_zero_offset() + int64_t{at.piece} * groups * zero_bytes;
-    for (int i = lane; i < groups * zero_bytes / 16; i += kWarp)
-      ptx::copy_16_async(stage + kKeyScalesAt + groups * 32 + 16 * i, key_zeros + 16 * i);
-    // Of values one group a head: lanes 0 to 7 take scales, the next ones zero points.
+    // One group a head: lanes 0 to 7 take scales, the next ones zero points.
+    const int zero_bytes = l.zero_bytes() * 16;
     const int set = lane % 8 / 2;
     const int half = lane % 2;
-    const int64_t row = int64_t{at.piece} * groups + (at.head * kSets + set) * kHeadDim / group_size;
+    const int64_t row = int64_t{at.piece} * p.rotate.n_quant_groups + (at.head * kSets + set) * kHeadDim / l.group_size;
     std::byte* const to = stage + set * 32 + 16 * half;
     if (lane < 8) ptx::copy_16_async(to + kValueScalesAt, at.bytes + l.value_scale_offset() + row * 32 + 16 * half);
     else if (lane < 16 && 16 * half < zero_bytes)
@@ -310,7 +325,14 @@ struct RotatePageCodec {
 
   // ---- attention ---------------------------------------------------------------------------------------------------
 
-  static __device__ __forceinline__ void attend(const PagedDecode& p, std::byte* stage, const UnitAt& at, Query& query, State& state) {
+  struct Weights {
+    float probability[kSets][2];  ///< of tokens g and g + 8
+    float keep[kSets];            ///< what is left of the sums so far
+    bool there[2];                ///< tokens g and g + 8 are attended
+    bool minimum;                 ///< PagedRotate::minimum
+  };
+
+  static __device__ __forceinline__ Weights attend_keys(const PagedDecode& p, std::byte* stage, const UnitAt& at, Query& query, State& state) {
     const int lane = static_cast<int>(threadIdx.x) % kWarp;
     const int g = lane / 4;
     if (at.page != query.page) turn_queries(p, query, at.page);
@@ -321,25 +343,33 @@ struct RotatePageCodec {
     unsigned attended = at.tokens >= 16 ? 0xffffU : (1U << at.tokens) - 1;
     if (at.first > 0) attended &= 0xffffU << at.first;
     if (at.masks != nullptr) attended &= *at.masks;
-    const bool there[2] = {(attended >> g & 1U) != 0, (attended >> (g + 8) & 1U) != 0};
+    Weights weights;
+    weights.minimum = p.rotate.minimum;
+    weights.there[0] = (attended >> g & 1U) != 0;
+    weights.there[1] = (attended >> (g + 8) & 1U) != 0;
 #pragma unroll
     for (int s = 0; s < kSets; ++s) {
-      const float first = there[0] ? scores[s][0] + scores[s][1] : -INFINITY;
-      const float second = there[1] ? scores[s][2] + scores[s][3] : -INFINITY;
+      const float first = weights.there[0] ? scores[s][0] + scores[s][1] : -INFINITY;
+      const float second = weights.there[1] ? scores[s][2] + scores[s][3] : -INFINITY;
       const float top = fmaxf(state.max[s], kernels::max_over_rows(fmaxf(first, second)));
       const float base = top == -INFINITY ? 0.0F : top;
-      const float keep = ptx::exp2_approximate(state.max[s] - base);
-      const float probability[2] = {ptx::exp2_approximate(first - base), ptx::exp2_approximate(second - base)};
+      weights.keep[s] = ptx::exp2_approximate(state.max[s] - base);
+      weights.probability[s][0] = ptx::exp2_approximate(first - base);
+      weights.probability[s][1] = ptx::exp2_approximate(second - base);
       state.max[s] = top;
-      state.sum[s] = state.sum[s] * keep + probability[0] + probability[1];
-      add_values(p, stage, s, there, probability, keep, state.out[s]);
+      state.sum[s] = state.sum[s] * weights.keep[s] + weights.probability[s][0] + weights.probability[s][1];
     }
+    return weights;
+  }
+
+  static __device__ __forceinline__ void add_values(const std::byte* stage, const Weights& weights, State& state) {
+#pragma unroll
+    for (int s = 0; s < kSets; ++s) add_head(stage, s, weights, state.out[s]);
   }
 
   /// Values of one kv head: codes as they stand in their words are the tensor cores' left operand, channels as rows, subnormal fp16
   /// numbers 4^m c / 2^24, which cost one mask for two. Row g (g + 8) of product j is channel 16 g + j (+ 8).
-  static __device__ __forceinline__ void add_values(const PagedDecode& p, const std::byte* stage, int s, const bool (&there)[2],
-                                                    const float (&probability)[2], float keep, float (&out)[kHeadDim / 8]) {
+  static __device__ __forceinline__ void add_head(const std::byte* stage, int s, const Weights& weights, float (&out)[kHeadDim / 8]) {
     const int lane = static_cast<int>(threadIdx.x) % kWarp;
     const int g = lane / 4;
     const int t = lane % 4;
@@ -348,14 +378,16 @@ struct RotatePageCodec {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int token = g + 8 * i;
+      const float probability = weights.probability[s][i];
       // Places of tokens that are not attended may hold anything.
-      const float weight = there[i] ? probability[i] * half_at(stage + kValueScalesAt + s * 32 + 2 * token) : 0.0F;
-      if (p.rotate.minimum) offset += there[i] ? probability[i] * half_at(stage + kValueZerosAt + s * 32 + 2 * token) : 0.0F;
+      const float weight = weights.there[i] ? probability * half_at(stage + kValueScalesAt + s * 32 + 2 * token) : 0.0F;
+      if (weights.minimum) offset += weights.there[i] ? probability * half_at(stage + kValueZerosAt + s * 32 + 2 * token) : 0.0F;
       else offset -= weight * static_cast<float>(*reinterpret_cast<const int8_t*>(stage + kValueZerosAt + s * 32 + token));
       b[i] = ptx::transpose_matrix(Exact::Block::both_columns(weight));
     }
     offset = kernels::sum_over_rows(offset);
-    const auto* const rows = reinterpret_cast<const uint32_t*>(stage + kValuesAt + s * kValueHeadBytes) + g;
+    const float keep = weights.keep[s];
+    const auto* const rows = reinterpret_cast<const uint32_t*>(stage + s * kValueHeadBytes) + g;
     const auto word = [&](int token) { return rows[value_row(token) * 8]; };
     const uint32_t near[2] = {word(2 * t), word(2 * t + 1)};
     const uint32_t far[2] = {word(2 * t + 8), word(2 * t + 9)};
@@ -377,7 +409,7 @@ struct RotatePageCodec {
     }
   }
 
-  static __device__ __forceinline__ void write_out(const State& state, float* to) {
+  static __device__ __forceinline__ void write_out(const State& state, float* to, int row) {
     const int lane = static_cast<int>(threadIdx.x) % kWarp;
     const int g = lane / 4;
     const int t = lane % 4;
@@ -385,8 +417,8 @@ struct RotatePageCodec {
     for (int s = 0; s < kSets; ++s) {
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
-        to[(4 * s + t) * kHeadDim + 16 * g + j] = state.out[s][2 * j];
-        to[(4 * s + t) * kHeadDim + 16 * g + 8 + j] = state.out[s][2 * j + 1];
+        to[(4 * s + t) * row + 16 * g + j] = state.out[s][2 * j];
+        to[(4 * s + t) * row + 16 * g + 8 + j] = state.out[s][2 * j + 1];
       }
     }
   }
@@ -413,38 +445,54 @@ struct RotatePageCodec {
       at.piece %= p.exact_blocks;
       return at;
     }
+    template <bool kValues>
     static __device__ __forceinline__ void copy(const PagedDecode& p, std::byte* stage, const UnitAt& at) {
-      Block::copy(p, stage, of_head(p, at));
+      Block::template copy<kValues>(p, stage, of_head(p, at));
     }
-    static __device__ __forceinline__ void attend(const PagedDecode& p, const std::byte* stage, const UnitAt& at, Query& query,
-                                                  State& state) {
+    struct Weights {
+      typename Block::Weights weights;
+      int set;
+    };
+    static __device__ __forceinline__ Weights attend_keys(const PagedDecode& p, const std::byte* stage, const UnitAt& at, Query& query,
+                                                          State& state) {
       const UnitAt one = of_head(p, at);
       const int set = one.head % kSets;
       if (set != query.set) {
         query.query = Block::load_query(p, query.seq, one.head);
         query.set = set;
       }
+      Weights made = {};
+      made.set = set;
 #pragma unroll
       for (int s = 0; s < kSets; ++s) {
         if (s != set) continue;
         typename Block::State of_set;
         of_set.max[0] = state.max[s];
         of_set.sum[0] = state.sum[s];
-#pragma unroll
-        for (int i = 0; i < kHeadDim / 8; ++i) of_set.out[0][i] = state.out[s][i];
-        Block::attend(p, stage, one, query.query, of_set);
+        made.weights = Block::attend_keys(p, stage, one, query.query, of_set);
         state.max[s] = of_set.max[0];
         state.sum[s] = of_set.sum[0];
+      }
+      return made;
+    }
+    static __device__ __forceinline__ void add_values(const std::byte* stage, const Weights& weights, State& state) {
+#pragma unroll
+      for (int s = 0; s < kSets; ++s) {
+        if (s != weights.set) continue;
+        typename Block::State of_set;
+#pragma unroll
+        for (int i = 0; i < kHeadDim / 8; ++i) of_set.out[0][i] = state.out[s][i];
+        Block::add_values(stage, weights.weights, of_set);
 #pragma unroll
         for (int i = 0; i < kHeadDim / 8; ++i) state.out[s][i] = of_set.out[0][i];
       }
     }
-    static __device__ __forceinline__ void write_out(const State& state, float* to) {
+    static __device__ __forceinline__ void write_out(const State& state, float* to, int row) {
       const int lane = static_cast<int>(threadIdx.x) % kWarp;
 #pragma unroll
       for (int s = 0; s < kSets; ++s) {
 #pragma unroll
-        for (int i = 0; i < kHeadDim / 8; ++i) to[(4 * s + lane % 4) * kHeadDim + 8 * i + lane / 4] = state.out[s][i];
+        for (int i = 0; i < kHeadDim / 8; ++i) to[(4 * s + lane % 4) * row + 8 * i + lane / 4] = state.out[s][i];
       }
     }
   };

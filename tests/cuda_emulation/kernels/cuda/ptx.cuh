@@ -131,6 +131,8 @@ void wait_copies() {
   }
 }
 
+inline int add_one(int* counter) { return std::exchange(*counter, *counter + 1); }
+
 inline float exp2_approximate(float x) { return std::exp2(x); }
 
 }  // namespace rotunda::kernels::ptx

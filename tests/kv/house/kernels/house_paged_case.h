@@ -4,6 +4,7 @@
 
 #include "kernels/paged_decode_case.h"
 #include "kv/house/kernels/house_codec_ref.h"
+#include "kv/house/kernels/house_unit.h"
 
 namespace rotunda::kv::house::testing {
 
@@ -11,7 +12,7 @@ using kernels::testing::PagedCase;
 
 /// Pages of any codes, scales of the size that trained models have.
 inline PagedCase house_case(const PagedCase::Shape& shape, const HousePageLayout& layout) {
-  return PagedCase(shape, layout.page_bytes(), PagedCase::kPageTokens, 12, [&](std::byte* page, std::mt19937& random) {
+  return PagedCase(shape, layout.page_bytes(), kHouseUnitTokens, 12, [&](std::byte* page, std::mt19937& random) {
     for (int64_t i = 0; i < layout.page_bytes(); ++i) page[i] = static_cast<std::byte>(random());
     std::uniform_real_distribution<float> scale(0.2F, 1.0F);
     for (int head = 0; head < layout.n_kv_heads; ++head) {
@@ -109,7 +110,7 @@ inline std::vector<float> house_expected(const PagedCase& test, const HousePageL
   });
 }
 
-/// Queries enter with 13 bits and a sign, weights with 14 bits (12 in every other group of four tokens) of the page's largest: rounding
+/// Queries enter with 13 bits and a sign, weights with 14 bits (12 in every other group of four tokens) of the unit's largest: rounding
 /// adds up to a few 1e-4 of the outputs, which are sums of random signs.
 inline constexpr double kTolerance = 1e-3;
 
