@@ -17,7 +17,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     model::ModelFolder folder{"m", model::ConfigFile::parse(text.substr(0, split), "config.json"), {}};
     if (split != std::string_view::npos)
       folder.generation_config = model::ConfigFile::parse(text.substr(split + 1), "generation_config.json");
-    const model::CausalLmInfo info = model::model_registry().get(folder.config).read_info(folder, at::kFloat);
+    const model::CausalLmInfo info = model::model_registry().get(folder.config).read_info(folder, model::CausalLmOptions{});
     if (info.n_parameters <= 0 || info.kv.head_dim <= 0 || info.kv.n_heads % info.kv.n_kv_heads != 0) __builtin_trap();
   } catch (const Error& error) {
     if (error.fault() != Fault::kUser) __builtin_trap();
