@@ -14,14 +14,19 @@
 #include "kernels/attention/exact_tokens_cuda.h"
 #include "kernels/attention/store_pair.h"
 #include "kv/exact_places_cuda.h"
-#include "kv/launch_cuda.h"
 #include "kv/page_memory_cuda.h"
 #include "kv/paged_cache.h"
 #include "kv/stored_attention.h"
+#include "ops/launch_cuda.h"
 
 namespace rotunda::kv {
 
 namespace {
+
+using ops::check_launch;
+using ops::current_stream;
+using ops::element_type;
+using ops::on_gpu;
 
 using kernels::kTokenBlock;
 using kernels::StorePair;
@@ -30,9 +35,6 @@ constexpr int64_t kPairTokens = 32;
 // Queries of a tile where attention is not LibTorch's flash kernel, and keys: scores stay within some hundred megabytes.
 constexpr int64_t kQueryTile = 512;
 constexpr int64_t kKeyTile = 4096;
-
-cudaStream_t stream() { return at::cuda::getCurrentCUDAStream(); }
-at::TensorOptions on_gpu(at::ScalarType type) { return at::TensorOptions().device(at::kCUDA).dtype(type); }
 
 class CacheCuda final : public PagedCache {
  public:
@@ -150,6 +152,10 @@ class CacheCuda final : public PagedCache {
   int rep() const { return model().n_heads / model().n_kv_heads; }
   int64_t channels() const { return model().kv_channels(); }
   bool has_window() const { return exact_.recent > 0; }
+  /// Whether tokens of the chunk may become sinks by the layer's input.
+  bool chooses_sinks(const Chunk& chunk) const {
+    return exact_.sinks > 0 && (exact_.sink_select == SinkSelect::kRunning || chunk.is_prompt);
+  }
   PagesCuda pages() const { return {pool_base_, model().n_layers * layer_page_bytes()}; }
   int32_t page_number(const Page* page) const { return static_cast<int32_t>((page->bytes - pool_base_) / (model().n_layers * layer_page_bytes())); }
 
@@ -181,8 +187,7 @@ class CacheCuda final : public PagedCache {
       if (!single) prefills_.push_back(prepare_prefill(step, chunk));
     }
     for (const Chunk& chunk : step.chunks) {
-      const bool chooses = exact_.sinks > 0 && (exact_.sink_select == SinkSelect::kRunning || chunk.is_prompt);
-      if (chunk.n_tokens > 1 || chooses || chunk.first < exact_.n_first || !decodes_)
+      if (chunk.n_tokens > 1 || chooses_sinks(chunk) || chunk.first < exact_.n_first || !decodes_)
         saved_.push_back(places_->save(place_of(chunk).number(), chunk.n_tokens > 1 || !decodes_));
     }
     if (!singles.empty()) prepare_decode(step, singles, rows);
@@ -202,7 +207,7 @@ class CacheCuda final : public PagedCache {
     saved_.clear();
     refused_.zero_();
     // Who goes on may do so on another stream, and the tables on the host are about to be written again.
-    at::cuda::getCurrentCUDAStream().synchronize();
+    c10::cuda::getCurrentCUDAStream().synchronize();
   }
 
   // Tokens first .. end - 1 by pairs of blocks; the first has row `row`.
@@ -315,7 +320,7 @@ class CacheCuda final : public PagedCache {
       const at::Tensor value = at::empty_like(key);
       check_launch(kernels::read_window_cuda(exact, layer, 1, prefill.leaving_places.const_data_ptr<int32_t>(),
                                              prefill.leaving_positions.const_data_ptr<int32_t>(), static_cast<int>(prefill.n_leaving),
-                                             key.mutable_data_ptr<float>(), value.mutable_data_ptr<float>(), stream()),
+                                             key.mutable_data_ptr<float>(), value.mutable_data_ptr<float>(), current_stream()),
                    "read_window");
       store(key, value, prefill.leaving_pairs, prefill.leaving_cos, prefill.leaving_sin, prefill.leaving_positions);
     }
@@ -330,12 +335,12 @@ class CacheCuda final : public PagedCache {
     const int64_t first = std::max(chunk.first, chunk.stored_len);
     const int64_t offset = (first - chunk.first) * channels();
     check_launch(kernels::write_window_cuda(exact, layer, place, first, chunk.kv_len - first, k.const_data_ptr<float>() + offset,
-                                            v.const_data_ptr<float>() + offset, refused.mutable_data_ptr<int32_t>(), stream()),
+                                            v.const_data_ptr<float>() + offset, refused.mutable_data_ptr<int32_t>(), current_stream()),
                  "write_window");
   }
 
   void update_sinks(int layer, const Chunk& chunk, const at::Tensor& hidden, const at::Tensor& k, const at::Tensor& v) {
-    const bool choose = exact_.sinks > 0 && (exact_.sink_select == SinkSelect::kRunning || chunk.is_prompt);
+    const bool choose = chooses_sinks(chunk);
     if (!choose && chunk.first >= exact_.n_first) return;
     const int64_t place = place_of(chunk).number();
     const at::Tensor entries = places_->entries()[place][layer];
@@ -353,7 +358,7 @@ class CacheCuda final : public PagedCache {
     }
     check_launch(kernels::update_sinks_cuda(places_->view(), layer, static_cast<int>(place), entries.const_data_ptr<int64_t>(), exact_.sinks,
                                             exact_.n_first, chunk.first, chunk.n_tokens, k.const_data_ptr<float>(), v.const_data_ptr<float>(),
-                                            refused_.mutable_data_ptr<int32_t>() + layer, stream()),
+                                            refused_.mutable_data_ptr<int32_t>() + layer, current_stream()),
                  "update_sinks");
   }
 
@@ -370,7 +375,7 @@ class CacheCuda final : public PagedCache {
     };
     if (!k.defined() || k.size(1) < rows) k = padded(k), v = padded(v);
     check_launch(kernels::overlay_exact_cuda(places_->view(), layer, static_cast<int>(place_of(*prefill.chunk).number()), window_first, n,
-                                             k.mutable_data_ptr(), v.mutable_data_ptr(), rows, cuda_element(dtype), stream()),
+                                             k.mutable_data_ptr(), v.mutable_data_ptr(), rows, element_type(dtype), current_stream()),
                  "overlay_exact");
     return {k.narrow(1, 0, n), v.narrow(1, 0, n)};
   }
@@ -487,16 +492,15 @@ class CacheCuda final : public PagedCache {
     };
     for (int i = 0; i < n; ++i) {
       const Chunk& chunk = *chunks[static_cast<size_t>(i)];
-      const bool chooses = exact_.sinks > 0 && (exact_.sink_select == SinkSelect::kRunning || chunk.is_prompt);
       writer.at(place)[i] = static_cast<int32_t>(place_of(chunk).number());
       writer.at(position)[i] = static_cast<int32_t>(chunk.first);
       writer.at(stored)[i] = static_cast<int32_t>(chunk.stored_len);
       writer.at(first_token)[i] =
           model().sliding_window == 0 ? 0 : static_cast<int32_t>(std::max<int64_t>(0, chunk.kv_len - model().sliding_window));
-      writer.at(choose)[i] = chooses;
+      writer.at(choose)[i] = chooses_sinks(chunk);
       writer.at(units)[i + 1] = writer.at(units)[i] + kernels::paged_decode_units(chunk.stored_len, codec_->unit_tokens(), exact_blocks,
                                                                                            writer.at(first_token)[i]);
-      decode_.changes_sinks = decode_.changes_sinks || chooses || chunk.first < exact_.n_first;
+      decode_.changes_sinks = decode_.changes_sinks || chooses_sinks(chunk) || chunk.first < exact_.n_first;
       for (size_t page = 0; page < chunk.sequence->pages.size(); ++page)
         writer.at(table)[i * table_stride_ + static_cast<int64_t>(page)] = page_number(chunk.sequence->pages[page]);
       put_angles(step.cos, chunk.row, cos, i);
@@ -585,16 +589,16 @@ class CacheCuda final : public PagedCache {
       append.k_turned = k_turned.mutable_data_ptr<float>();
       append.v_plain = v_plain.mutable_data_ptr<float>();
     }
-    const kernels::CudaElement type = cuda_element(q_rows.scalar_type());
-    check_launch(kernels::append_decode_cuda(exact, layer, append, type, stream()), "append_decode");
+    const kernels::ElementType type = element_type(q_rows.scalar_type());
+    check_launch(kernels::append_decode_cuda(exact, layer, append, type, current_stream()), "append_decode");
     if (decode_.changes_sinks) {
       const at::Tensor rows = hidden.defined() ? hidden.contiguous() : at::Tensor();
       check_launch(kernels::update_decode_sinks_cuda(exact, layer, append, type, rows.defined() ? rows.const_data_ptr() : nullptr,
                                                      model().hidden_size, model().hidden_size, places_->magnitudes().mutable_data_ptr<float>(),
-                                                     places_->entries().mutable_data_ptr<int64_t>(), exact_.sinks, exact_.n_first, stream()),
+                                                     places_->entries().mutable_data_ptr<int64_t>(), exact_.sinks, exact_.n_first, current_stream()),
                    "update_decode_sinks");
     }
-    check_launch(kernels::exact_masks_cuda(exact, layer, append, stream()), "exact_masks");
+    check_launch(kernels::exact_masks_cuda(exact, layer, append, current_stream()), "exact_masks");
     if (!has_window())
       codec_->store(layer, codec_->packable(layer, k_turned, decode_.cos, decode_.sin, decode_.positions), v_plain, decode_.pairs, pages(), refused_.narrow(0, layer, 1));
 
@@ -631,7 +635,7 @@ class CacheCuda final : public PagedCache {
     const at::Tensor key = at::empty({model().n_layers, n, model().n_kv_heads, model().head_dim}, on_gpu(at::kFloat));
     const at::Tensor value = at::empty({model().n_layers, n, channels()}, on_gpu(at::kFloat));
     check_launch(kernels::read_window_cuda(places_->view(), 0, model().n_layers, decode_.place, decode_.leaving, static_cast<int>(n),
-                                           key.mutable_data_ptr<float>(), value.mutable_data_ptr<float>(), stream()),
+                                           key.mutable_data_ptr<float>(), value.mutable_data_ptr<float>(), current_stream()),
                  "read_window");
     codec_->store(0, codec_->packable(0, key, decode_.leaving_cos, decode_.leaving_sin, decode_.leaving_positions), value, decode_.leaving_pairs, pages(), refused_);
   }

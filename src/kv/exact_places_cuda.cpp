@@ -7,9 +7,9 @@
 
 #include "base/check.h"
 #include "kv/exact_store.h"
-#include "kv/launch_cuda.h"
 #include "kv/paged_cache.h"
 #include "kv/sinks.h"
+#include "ops/launch_cuda.h"
 
 namespace rotunda::kv {
 
@@ -17,9 +17,11 @@ using kernels::kTokenBlock;
 
 namespace {
 
-int blocks_of(int64_t slots) { return static_cast<int>((slots + kTokenBlock - 1) / kTokenBlock); }
+using ops::check_launch;
+using ops::current_stream;
+using ops::on_gpu;
 
-at::TensorOptions on_gpu(at::ScalarType type) { return at::TensorOptions().device(at::kCUDA).dtype(type); }
+int blocks_of(int64_t slots) { return static_cast<int>((slots + kTokenBlock - 1) / kTokenBlock); }
 
 std::vector<int64_t> to_longs(const at::Tensor& tensor) {
   const at::Tensor host = tensor.to(at::kCPU, at::kLong).contiguous();
@@ -97,7 +99,7 @@ void ExactPlacesCuda::truncate(int64_t place, int64_t kv_len) {
   const auto [magnitudes, order] = magnitudes_[place].masked_fill(gone, -1.0).sort(/*stable=*/true, /*dim=*/-1, /*descending=*/true);
   magnitudes_[place].copy_(magnitudes);
   entries_[place].copy_(entries_[place].masked_fill(gone, -1).gather(-1, order));
-  check_launch(kernels::rebuild_masks_cuda(view(), static_cast<int>(place), at::cuda::getCurrentCUDAStream()), "rebuild_masks");
+  check_launch(kernels::rebuild_masks_cuda(view(), static_cast<int>(place), current_stream()), "rebuild_masks");
 }
 
 kernels::ExactTokens ExactPlacesCuda::view() const {
@@ -126,7 +128,7 @@ void ExactPlacesCuda::restore(const Saved& saved) {
   sink_positions_[saved.place].copy_(saved.sink_positions);
   magnitudes_[saved.place].copy_(saved.magnitudes);
   entries_[saved.place].copy_(saved.entries);
-  check_launch(kernels::rebuild_masks_cuda(view(), static_cast<int>(saved.place), at::cuda::getCurrentCUDAStream()), "rebuild_masks");
+  check_launch(kernels::rebuild_masks_cuda(view(), static_cast<int>(saved.place), current_stream()), "rebuild_masks");
 }
 
 int64_t ExactPlacesCuda::window_bytes() const {
@@ -208,7 +210,7 @@ void ExactPlacesCuda::import_from(int64_t place, const ops::TensorBundle& bundle
   magnitudes_[place].copy_(magnitudes);
   entries_[place].copy_(positions);
   reserve_tokens(kv_len);
-  check_launch(kernels::rebuild_masks_cuda(view(), static_cast<int>(place), at::cuda::getCurrentCUDAStream()), "rebuild_masks");
+  check_launch(kernels::rebuild_masks_cuda(view(), static_cast<int>(place), current_stream()), "rebuild_masks");
 }
 
 }  // namespace rotunda::kv

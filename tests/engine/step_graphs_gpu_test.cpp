@@ -1,7 +1,6 @@
 // The engine on a GPU: the model against the CPU, recorded steps against steps launch by launch, sampling, errors.
 
 #include <ATen/ATen.h>
-#include <cuda_runtime_api.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
@@ -17,6 +16,7 @@
 #include "engine/session.h"
 #include "engine/step.h"
 #include "engine/step_graphs_cuda.h"
+#include "kernels/skip_without_gpu.h"
 #include "ops/device.h"
 
 namespace rotunda::engine {
@@ -27,9 +27,7 @@ const char* const kModel = ROTUNDA_SOURCE_DIR "/models/tiny-gqa";
 class StepGraphsGpuTest : public ::testing::Test {
  protected:
   void SetUp() override {
-    int n_devices = 0;
-    const cudaError_t error = cudaGetDeviceCount(&n_devices);
-    if (error != cudaSuccess || n_devices == 0) GTEST_SKIP() << "no GPU: " << cudaGetErrorString(error);
+    ROTUNDA_SKIP_WITHOUT_GPU();
   }
 
   static Session session_on(const char* device, at::ScalarType dtype = at::kFloat) {

@@ -9,17 +9,9 @@
 #include <vector>
 
 #include "kernels/paged_decode_case.h"
+#include "kernels/skip_without_gpu.h"
 
 namespace rotunda::kernels::testing {
-
-/// In a test's SetUp: skips, saying why, where there is no GPU to run on.
-#define ROTUNDA_SKIP_WITHOUT_GPU()                                                                \
-  do {                                                                                            \
-    int n_devices = 0;                                                                            \
-    const cudaError_t device_error = cudaGetDeviceCount(&n_devices);                              \
-    if (device_error != cudaSuccess) GTEST_SKIP() << "no GPU: " << cudaGetErrorString(device_error); \
-    if (n_devices == 0) GTEST_SKIP() << "no GPU";                                                 \
-  } while (false)
 
 inline void check_cuda(cudaError_t error, const char* what) {
   if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));

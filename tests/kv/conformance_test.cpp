@@ -10,7 +10,7 @@
 #include <set>
 
 #ifdef ROTUNDA_CUDA
-#include <cuda_runtime_api.h>
+#include "kernels/skip_without_gpu.h"
 #endif
 
 #include "kv_harness.h"
@@ -110,8 +110,7 @@ class Conformance : public ::testing::TestWithParam<std::string> {
 
   void SetUp() override {
 #ifdef ROTUNDA_CUDA
-    int n_devices = 0;
-    if (model_.device.is_cuda() && (cudaGetDeviceCount(&n_devices) != cudaSuccess || n_devices == 0)) GTEST_SKIP() << "no GPU";
+    if (model_.device.is_cuda()) ROTUNDA_SKIP_WITHOUT_GPU();
 #endif
   }
 

@@ -1,8 +1,8 @@
 // What a cache on a GPU shares with the one on the CPU: saved sequences, attention to rounding, and what both keep exact.
 
-#include <cuda_runtime_api.h>
 #include <gtest/gtest.h>
 
+#include "kernels/skip_without_gpu.h"
 #include "kv_harness.h"
 
 namespace rotunda::kv {
@@ -20,8 +20,7 @@ class Devices : public ::testing::TestWithParam<std::string> {
   static constexpr int64_t kTokens = 420;
 
   void SetUp() override {
-    int n_devices = 0;
-    if (cudaGetDeviceCount(&n_devices) != cudaSuccess || n_devices == 0) GTEST_SKIP() << "no GPU";
+    ROTUNDA_SKIP_WITHOUT_GPU();
     gpu_.device = at::kCUDA;
     const KvSpec spec = parse_kv_spec(GetParam());
     ASSERT_FALSE(kv_registry().get(spec).unsupported_reason(spec, gpu_));

@@ -1,16 +1,9 @@
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include "kernels/attention/exact_tokens_cuda.h"
-#include "kernels/attention/token_block.h"
+#include "kernels/cuda/element_type.cuh"
 
 namespace rotunda::kernels {
 
 namespace {
-
-__device__ __forceinline__ float widen(float x) { return x; }
-__device__ __forceinline__ float widen(__half x) { return __half2float(x); }
-__device__ __forceinline__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
 
 /// The exact tokens of one place and layer.
 struct Piece {
@@ -315,24 +308,15 @@ __global__ void overlay_kernel(const __grid_constant__ ExactTokens exact, int la
   }
 }
 
-template <typename Run>
-cudaError_t with_type(CudaElement type, const Run& run) {
-  switch (type) {
-    case CudaElement::kFp32: run(float()); break;
-    case CudaElement::kBf16: run(__nv_bfloat16()); break;
-    case CudaElement::kFp16: run(__half()); break;
-  }
-  return cudaGetLastError();
-}
-
 constexpr int kThreads = 256;
 
 }  // namespace
 
-cudaError_t append_decode_cuda(const ExactTokens& exact, int layer, const DecodeAppend& params, CudaElement type, cudaStream_t stream) {
+cudaError_t append_decode_cuda(const ExactTokens& exact, int layer, const DecodeAppend& params, ElementType type, cudaStream_t stream) {
   const dim3 blocks(static_cast<unsigned>(exact.n_kv_heads), static_cast<unsigned>(params.batch));
   return with_type(type, [&]<typename T>(T) {
     append_kernel<T><<<blocks, static_cast<unsigned>(exact.head_dim / 2), 0, stream>>>(exact, layer, params);
+    return cudaGetLastError();
   });
 }
 
@@ -364,13 +348,14 @@ cudaError_t update_sinks_cuda(const ExactTokens& exact, int layer, int place, co
   return cudaGetLastError();
 }
 
-cudaError_t update_decode_sinks_cuda(const ExactTokens& exact, int layer, const DecodeAppend& params, CudaElement type, const void* hidden,
+cudaError_t update_decode_sinks_cuda(const ExactTokens& exact, int layer, const DecodeAppend& params, ElementType type, const void* hidden,
                                      int hidden_size, int64_t hidden_stride, float* magnitudes, int64_t* entries, int n_entries, int n_first,
                                      cudaStream_t stream) {
   if (exact.sink_blocks * kTokenBlock > kMostSinkSlots) return cudaErrorInvalidValue;
   return with_type(type, [&]<typename T>(T) {
     decode_sinks_kernel<T><<<static_cast<unsigned>(params.batch), kThreads, 0, stream>>>(
         exact, layer, params, static_cast<const T*>(hidden), hidden_size, hidden_stride, magnitudes, entries, n_entries, n_first);
+    return cudaGetLastError();
   });
 }
 
@@ -380,12 +365,13 @@ cudaError_t rebuild_masks_cuda(const ExactTokens& exact, int place, cudaStream_t
 }
 
 cudaError_t overlay_exact_cuda(const ExactTokens& exact, int layer, int place, int64_t window_first, int64_t limit, void* key, void* value,
-                               int64_t rows, CudaElement type, cudaStream_t stream) {
+                               int64_t rows, ElementType type, cudaStream_t stream) {
   const int slots = (exact.window_blocks + exact.sink_blocks) * kTokenBlock;
   if (slots == 0 || limit == 0) return cudaSuccess;
   const dim3 blocks(static_cast<unsigned>(slots), static_cast<unsigned>(exact.n_kv_heads));
   return with_type(type, [&]<typename T>(T) {
     overlay_kernel<T><<<blocks, 64, 0, stream>>>(exact, layer, place, window_first, limit, static_cast<T*>(key), static_cast<T*>(value), rows);
+    return cudaGetLastError();
   });
 }
 

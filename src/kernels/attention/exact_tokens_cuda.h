@@ -5,6 +5,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "kernels/attention/decode_attention.h"
+
 namespace rotunda::kernels {
 
 /// Tokens that sequences keep in 16 bits (fp16) beside packed pages, on a GPU: of every sequence and layer a piece of memory as in
@@ -54,11 +56,8 @@ struct DecodeAppend {
 /// Slots for sinks that a place may have.
 inline constexpr int kMostSinkSlots = 128;
 
-/// Element types of queries, keys and values.
-enum class CudaElement : uint8_t { kFp32, kBf16, kFp16 };
-
 /// RoPE of queries and keys, and the new tokens into the window, where there is one.
-cudaError_t append_decode_cuda(const ExactTokens& exact, int layer, const DecodeAppend& params, CudaElement type, cudaStream_t stream);
+cudaError_t append_decode_cuda(const ExactTokens& exact, int layer, const DecodeAppend& params, ElementType type, cudaStream_t stream);
 
 /// DecodeAppend::exact_masks, once sinks are what they are to be.
 cudaError_t exact_masks_cuda(const ExactTokens& exact, int layer, const DecodeAppend& params, cudaStream_t stream);
@@ -83,7 +82,7 @@ cudaError_t update_sinks_cuda(const ExactTokens& exact, int layer, int place, co
 /// The same for the one new token of each sequence of a decode step, chosen by the layer's input: entries and their magnitudes are the
 /// running ones, [places][n_layers][n_entries], largest first; a magnitude of -1: none yet.
 /// @param hidden rows of batch tokens, [hidden_size]
-cudaError_t update_decode_sinks_cuda(const ExactTokens& exact, int layer, const DecodeAppend& params, CudaElement type, const void* hidden,
+cudaError_t update_decode_sinks_cuda(const ExactTokens& exact, int layer, const DecodeAppend& params, ElementType type, const void* hidden,
                                      int hidden_size, int64_t hidden_stride, float* magnitudes, int64_t* entries, int n_entries, int n_first,
                                      cudaStream_t stream);
 
@@ -93,6 +92,6 @@ cudaError_t rebuild_masks_cuda(const ExactTokens& exact, int place, cudaStream_t
 /// Puts the exact tokens of one layer of one sequence over what its pages gave: sinks, and window tokens window_first .. limit - 1.
 /// @param key, value [n_kv_heads][rows][head_dim] of positions 0 .. rows - 1   @param limit no position from here on; at most `rows`
 cudaError_t overlay_exact_cuda(const ExactTokens& exact, int layer, int place, int64_t window_first, int64_t limit, void* key, void* value,
-                               int64_t rows, CudaElement type, cudaStream_t stream);
+                               int64_t rows, ElementType type, cudaStream_t stream);
 
 }  // namespace rotunda::kernels

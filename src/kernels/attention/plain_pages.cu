@@ -1,15 +1,9 @@
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include "kernels/attention/plain_pages_cuda.h"
+#include "kernels/cuda/element_type.cuh"
 
 namespace rotunda::kernels {
 
 namespace {
-
-__device__ __forceinline__ float widen(float x) { return x; }
-__device__ __forceinline__ float widen(__half x) { return __half2float(x); }
-__device__ __forceinline__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
 
 /// @return whether it fits; else 0 is put, since masks rely on finite numbers
 template <typename T>
@@ -62,16 +56,6 @@ __global__ void load_kernel(const __grid_constant__ PlainPagesCuda pages, const 
     key[at + i] = To(widen(k[i % l.head_dim * kTokenBlock + i / l.head_dim]));
     value[at + i] = To(widen(v[i]));
   }
-}
-
-template <typename Run>
-cudaError_t with_type(ElementType type, const Run& run) {
-  switch (type) {
-    case ElementType::kFp32: return run(float());
-    case ElementType::kBf16: return run(__nv_bfloat16());
-    case ElementType::kFp16: return run(__half());
-  }
-  return cudaErrorInvalidValue;
 }
 
 constexpr int kThreads = 256;

@@ -23,6 +23,24 @@ struct SixteenBit<__nv_bfloat16> {
   static __device__ __forceinline__ uint32_t bits(__nv_bfloat16 x) { return __bfloat16_as_ushort(x); }
 };
 
+/// The same for code that knows fp32 too.
+template <typename T>
+__device__ __forceinline__ float widen(T x) {
+  return SixteenBit<T>::widen(x);
+}
+template <>
+__device__ __forceinline__ float widen(float x) {
+  return x;
+}
+template <typename T>
+__device__ __forceinline__ T round_to(float x) {
+  return SixteenBit<T>::round(x);
+}
+template <>
+__device__ __forceinline__ float round_to(float x) {
+  return x;
+}
+
 /// Two floats as T side by side, the first in the low half, or what T leaves over of them.
 template <typename T>
 __device__ __forceinline__ uint32_t pack_two(float x, float y, bool rest) {

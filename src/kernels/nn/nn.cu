@@ -1,6 +1,7 @@
 #include <cstdint>
 #include <limits>
 
+#include "kernels/cuda/element_type.cuh"
 #include "kernels/nn/nn.cuh"
 #include "kernels/nn/nn_cuda.h"
 
@@ -31,12 +32,7 @@ cudaError_t dispatch(ElementType type, bool vectors, const Run& run) {
   const auto of_type = [&]<typename T>() {
     return vectors ? run.template operator()<T, kVectorBytes / sizeof(T)>() : run.template operator()<T, 1>();
   };
-  switch (type) {
-    case ElementType::kFp32: return of_type.template operator()<float>();
-    case ElementType::kBf16: return of_type.template operator()<__nv_bfloat16>();
-    case ElementType::kFp16: return of_type.template operator()<__half>();
-  }
-  return cudaErrorInvalidValue;
+  return with_type(type, [&]<typename T>(T) { return of_type.template operator()<T>(); });
 }
 
 bool fits_grid(int64_t n_blocks) { return n_blocks <= std::numeric_limits<int32_t>::max(); }

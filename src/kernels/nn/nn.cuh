@@ -9,23 +9,6 @@
 
 namespace rotunda::kernels {
 
-template <typename T>
-__device__ __forceinline__ float widen(T x) {
-  return SixteenBit<T>::widen(x);
-}
-template <>
-__device__ __forceinline__ float widen(float x) {
-  return x;
-}
-template <typename T>
-__device__ __forceinline__ T round_to(float x) {
-  return SixteenBit<T>::round(x);
-}
-template <>
-__device__ __forceinline__ float round_to(float x) {
-  return x;
-}
-
 /// Elements that are read and written together.
 template <typename T, int kSize>
 struct alignas(sizeof(T) * kSize) Pack {

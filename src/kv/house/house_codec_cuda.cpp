@@ -12,17 +12,18 @@
 #include "kv/house/kernels/house_decode_cuda.h"
 #include "kv/house/kernels/house_load_cuda.h"
 #include "kv/house/kernels/house_store_cuda.h"
-#include "kv/launch_cuda.h"
+#include "ops/launch_cuda.h"
 
 namespace rotunda::kv::house {
 
 namespace {
 
+using ops::check_launch;
+using ops::current_stream;
+using ops::on_gpu;
+
 constexpr int kShiftStep = 8;  // pairs that the decode kernel takes at once
 
-cudaStream_t stream() { return at::cuda::getCurrentCUDAStream(); }
-
-at::TensorOptions on_gpu(at::ScalarType type) { return at::TensorOptions().device(at::kCUDA).dtype(type); }
 
 // Which pairs of a layer are shifted, as PagedShift and HouseQueries have them.
 struct ShiftedPairs {
@@ -99,7 +100,7 @@ class HouseCodecCuda final : public PageCodecCuda {
     batch.n_rows = static_cast<int>(key.size(1));
     batch.n_layers = static_cast<int>(key.size(0));
     batch.refused = refused.mutable_data_ptr<int32_t>();
-    check_launch(house_store_cuda(batch, stream()), "house_store");
+    check_launch(house_store_cuda(batch, current_stream()), "house_store");
   }
 
   std::pair<at::Tensor, at::Tensor> load(int layer, const PagesCuda& pages, const at::Tensor& table, const at::Tensor&, const at::Tensor&,
@@ -109,7 +110,7 @@ class HouseCodecCuda final : public PageCodecCuda {
     check_launch(house_load_cuda({layout_, pages.pool + layer * layer_bytes(), pages.page_stride, table.const_data_ptr<int32_t>(),
                                   static_cast<int>(table.size(0)), kernels::ElementType::kFp32, codes.mutable_data_ptr<float>(),
                                   value.mutable_data_ptr<float>()},
-                                 stream()),
+                                 current_stream()),
                  "house_load");
     const at::Tensor key = at::matmul(codes, hadamard_.t());
     add_shift(layer, key.transpose(0, 1).unsqueeze(0), positions, 1);
@@ -160,9 +161,9 @@ class HouseCodecCuda final : public PageCodecCuda {
                       reinterpret_cast<const uint2*>(token_turns_.const_data_ptr()),
                       reinterpret_cast<const float2*>(page_turns_.const_data_ptr<float>())};
     }
-    check_launch(house_query_cuda(queries, stream()), "house_query");
+    check_launch(house_query_cuda(queries, current_stream()), "house_query");
     params.q_pages = queries.rotated;
-    check_launch(house_decode_cuda(params, layout_.key_bits, layout_.value_bits, grid, stream()), "house_decode");
+    check_launch(house_decode_cuda(params, layout_.key_bits, layout_.value_bits, grid, current_stream()), "house_decode");
   }
 
  private:

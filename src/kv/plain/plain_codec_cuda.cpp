@@ -5,21 +5,20 @@
 
 #include "kernels/attention/plain_decode_cuda.h"
 #include "kernels/attention/plain_pages_cuda.h"
-#include "kv/launch_cuda.h"
 #include "kv/plain/plain_cache.h"
+#include "ops/launch_cuda.h"
 
 namespace rotunda::kv::plain {
 
 namespace {
 
-cudaStream_t stream() { return at::cuda::getCurrentCUDAStream(); }
+using ops::check_launch;
+using ops::current_stream;
+using ops::element_type;
+
 
 at::ScalarType scalar_type(kernels::ElementType type) {
   return type == kernels::ElementType::kFp32 ? at::kFloat : type == kernels::ElementType::kFp16 ? at::kHalf : at::kBFloat16;
-}
-
-kernels::ElementType element_type(at::ScalarType type) {
-  return type == at::kFloat ? kernels::ElementType::kFp32 : type == at::kHalf ? kernels::ElementType::kFp16 : kernels::ElementType::kBf16;
 }
 
 class PlainCodecCuda final : public PageCodecCuda {
@@ -41,7 +40,7 @@ class PlainCodecCuda final : public PageCodecCuda {
              const at::Tensor& refused) const override {
     check_launch(kernels::store_plain_cuda(at_layer(pages, first_layer), key.const_data_ptr<float>(), value.const_data_ptr<float>(), key.size(1),
                                            static_cast<int>(key.size(0)), reinterpret_cast<const kernels::StorePair*>(pairs.const_data_ptr<int32_t>()),
-                                           static_cast<int>(pairs.size(0)), refused.mutable_data_ptr<int32_t>(), stream()),
+                                           static_cast<int>(pairs.size(0)), refused.mutable_data_ptr<int32_t>(), current_stream()),
                  "store_plain");
   }
 
@@ -52,7 +51,7 @@ class PlainCodecCuda final : public PageCodecCuda {
         at::empty({layout_.n_kv_heads, n_pages * layout_.page_tokens(), layout_.head_dim}, at::TensorOptions().device(at::kCUDA).dtype(dtype));
     const at::Tensor value = at::empty_like(key);
     check_launch(kernels::load_plain_cuda(at_layer(pages, layer), table.const_data_ptr<int32_t>(), static_cast<int>(n_pages), element_type(dtype),
-                                          key.mutable_data_ptr(), value.mutable_data_ptr(), stream()),
+                                          key.mutable_data_ptr(), value.mutable_data_ptr(), current_stream()),
                  "load_plain");
     return {key, value};
   }
@@ -72,7 +71,7 @@ class PlainCodecCuda final : public PageCodecCuda {
   }
   void decode(int, kernels::PagedDecode params, const kernels::PagedDecodeGrid& grid) const override {
     params.q_pages = params.q_exact;
-    check_launch(kernels::plain_decode_cuda(params, layout_.type, grid, stream()), "plain_decode");
+    check_launch(kernels::plain_decode_cuda(params, layout_.type, grid, current_stream()), "plain_decode");
   }
 
  private:

@@ -8,16 +8,20 @@
 
 #include "base/check.h"
 #include "kv/head_rotation.h"
-#include "kv/launch_cuda.h"
 #include "kv/paged_cache.h"
 #include "kv/rotate/kernels/rotate_decode_cuda.h"
 #include "kv/rotate/kernels/rotate_load_cuda.h"
 #include "kv/rotate/kernels/rotate_store_cuda.h"
+#include "ops/launch_cuda.h"
 #include "ops/rope.h"
 
 namespace rotunda::kv::rotate {
 
 namespace {
+
+using ops::check_launch;
+using ops::current_stream;
+using ops::element_type;
 
 // [n_layers, kv_channels] int16, bits of uint16, on the GPU.
 at::Tensor to_gpu(const std::vector<std::vector<uint16_t>>& tables) {
@@ -33,16 +37,6 @@ std::vector<uint16_t> order_of(const std::vector<uint16_t>& group_of) {
   std::iota(order.begin(), order.end(), uint16_t{0});
   std::stable_sort(order.begin(), order.end(), [&](uint16_t a, uint16_t b) { return group_of[a] < group_of[b]; });
   return order;
-}
-
-kernels::ElementType element_type(at::ScalarType dtype) {
-  switch (dtype) {
-    case at::kFloat: return kernels::ElementType::kFp32;
-    case at::kBFloat16: return kernels::ElementType::kBf16;
-    case at::kHalf: return kernels::ElementType::kFp16;
-    default: ROTUNDA_ASSERT(false, "rotate: load into ", c10::toString(dtype), ", expected fp32, bf16 or fp16");
-  }
-  return kernels::ElementType::kFp32;
 }
 
 class RotateCodecCuda final : public PageCodecCuda {
@@ -111,7 +105,7 @@ class RotateCodecCuda final : public PageCodecCuda {
     p.pairs = reinterpret_cast<const StorePair*>(pairs.const_data_ptr<int32_t>());
     p.n_pairs = static_cast<int>(pairs.size(0));
     p.refused = refused.mutable_data_ptr<int32_t>();
-    check_launch(rotate_store_cuda(p, at::cuda::getCurrentCUDAStream()), "rotate_store");
+    check_launch(rotate_store_cuda(p, current_stream()), "rotate_store");
   }
 
   std::pair<at::Tensor, at::Tensor> load(int layer, const PagesCuda& pages, const at::Tensor& table, const at::Tensor& cos,
@@ -130,7 +124,7 @@ class RotateCodecCuda final : public PageCodecCuda {
     p.key = rotated.mutable_data_ptr<float>();
     p.value = value.mutable_data_ptr();
     p.value_type = element_type(dtype);
-    check_launch(rotate_load_cuda(p, at::cuda::getCurrentCUDAStream()), "rotate_load");
+    check_launch(rotate_load_cuda(p, current_stream()), "rotate_load");
     const at::Tensor plain = transformed(rotated, /*inverse=*/true).view({n_tokens, model_.n_kv_heads, model_.head_dim});
     return {ops::apply_rope(plain, cos, sin).transpose(0, 1).to(dtype).contiguous(), value};
   }
@@ -172,7 +166,7 @@ class RotateCodecCuda final : public PageCodecCuda {
     p.q_exact = exact.const_data_ptr<float>();
     p.q_pages = pages.const_data_ptr<float>();
     p.out = padded_out.mutable_data_ptr<float>();
-    check_launch(rotate_decode_cuda(p, grid, at::cuda::getCurrentCUDAStream()), "rotate_decode");
+    check_launch(rotate_decode_cuda(p, grid, current_stream()), "rotate_decode");
     if (n_q < kRotateQueries) out.copy_(padded_out.narrow(1, 0, n_q));
   }
 

@@ -2,27 +2,16 @@
 
 #include <ATen/ATen.h>
 #include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
 
 #include "base/check.h"
 #include "kernels/nn/nn_cuda.h"
+#include "ops/launch_cuda.h"
 
 namespace rotunda::model::nn {
 
 namespace {
 
-kernels::ElementType element_type(const at::Tensor& x) {
-  switch (x.scalar_type()) {
-    case at::kFloat: return kernels::ElementType::kFp32;
-    case at::kBFloat16: return kernels::ElementType::kBf16;
-    case at::kHalf: return kernels::ElementType::kFp16;
-    default: ROTUNDA_ASSERT(false, "tensor of dtype ", x.scalar_type());
-  }
-}
-
-void check_launch(cudaError_t error, const char* kernel) {
-  ROTUNDA_ASSERT(error == cudaSuccess, kernel, ": ", cudaGetErrorString(error));
-}
+using ops::check_launch;
 
 // @param x, update, sum [..., D] contiguous; the last two undefined, or see kernels::RmsNorm   @return as x
 at::Tensor launch_rms_norm(const at::Tensor& x, const at::Tensor& update, const at::Tensor& sum, const at::Tensor& weight, double eps) {
@@ -41,7 +30,7 @@ at::Tensor launch_rms_norm(const at::Tensor& x, const at::Tensor& update, const 
     p.update = update.const_data_ptr();
     p.sum = sum.mutable_data_ptr();
   }
-  check_launch(kernels::rms_norm_cuda(p, element_type(x), c10::cuda::getCurrentCUDAStream()), "rms_norm_cuda");
+  check_launch(kernels::rms_norm_cuda(p, ops::element_type(x.scalar_type()), ops::current_stream()), "rms_norm_cuda");
   return y;
 }
 
@@ -68,7 +57,7 @@ at::Tensor swiglu_cuda(const at::Tensor& gate_up) {
   p.y = y.mutable_data_ptr();
   p.n_rows = y.size(0);
   p.row_size = y.size(1);
-  check_launch(kernels::swiglu_cuda(p, element_type(gate_up), c10::cuda::getCurrentCUDAStream()), "swiglu_cuda");
+  check_launch(kernels::swiglu_cuda(p, ops::element_type(gate_up.scalar_type()), ops::current_stream()), "swiglu_cuda");
   return y;
 }
 
