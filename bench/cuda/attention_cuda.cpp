@@ -21,6 +21,7 @@
 #include "cuda/read_bandwidth.h"
 #include "cuda/timer.h"
 #include "kernels/attention/plain_decode_cuda.h"
+#include "kv/house/house_codec_cuda.h"
 #include "kv/house/kernels/house_decode_cuda.h"
 #include "kv/house/kernels/house_page.h"
 #include "kv/rotate/kernels/rotate_page.h"
@@ -209,9 +210,6 @@ class Shift {
       const at::Tensor angle = frequency.unsqueeze(1) * position.to(at::kDouble);
       return at::stack({angle.cos(), angle.sin()}, 2).to(at::kFloat);
     };
-    const at::Tensor of_token = turns(at::arange(kPageTokens, on_gpu(at::kLong)));
-    const at::Tensor number = of_token.to(at::kHalf);
-    token_table_ = at::cat({number, (of_token - number.to(at::kFloat)).to(at::kHalf)}, 2);
     page_table_ = turns(at::arange(s.kv_len / kPageTokens, on_gpu(at::kLong)) * kPageTokens).transpose(0, 1).contiguous();
     // Of the slow pairs, where the constants of models lie.
     const at::Tensor pairs = half - 1 - at::arange(kPairs, on_gpu(at::kLong)) * 3;
@@ -219,9 +217,10 @@ class Shift {
     n_pairs_ = at::full({s.n_kv_heads}, kPairs, on_gpu(at::kInt));
     mu_ = at::zeros({s.n_kv_heads, 2, half}, on_gpu(at::kFloat));
     mu_.index_copy_(2, pairs, at::randn({s.n_kv_heads, 2, kPairs}, on_gpu(at::kFloat)));
-    ab_ = at::empty({s.batch, s.n_heads, kPairs, 2}, on_gpu(at::kFloat));
+    turns_ = kv::house::shift_operands(turns(at::arange(kPageTokens, on_gpu(at::kLong))).index_select(0, pairs.repeat({s.n_kv_heads})), 1);
+    pages_ = static_cast<int>(s.kv_len / kPageTokens);
+    operands_ = at::empty({s.batch * s.n_kv_heads * pages_ * (s.rep() <= 4 ? 1 : 2), 32, 2}, on_gpu(at::kInt));
     norm_ = at::empty({s.batch, s.n_heads}, on_gpu(at::kFloat));
-    rotated_ = at::empty({s.batch, s.n_heads, s.head_dim}, on_gpu(at::kFloat));
     turn_ = turns(at::arange(s.kv_len, on_gpu(at::kLong)));
   }
 
@@ -231,31 +230,32 @@ class Shift {
     const at::Tensor x = mu_.select(1, 0).unsqueeze(1), y = mu_.select(1, 1).unsqueeze(1);
     return at::cat({x * cos - y * sin, y * cos + x * sin}, 2);
   }
-  kv::house::HouseQueries of_queries(const PagedDecode& p) const {
-    kv::house::HouseQueries queries;
+  kv::house::ShiftQueries of_queries(const PagedDecode& p) const {
+    kv::house::ShiftQueries queries;
     queries.batch = p.batch;
     queries.n_kv_heads = p.n_kv_heads;
     queries.n_q = p.n_q;
     queries.head_dim = p.head_dim;
     queries.q = p.q_exact;
-    queries.rotated = rotated_.mutable_data_ptr<float>();
     queries.n_steps = 1;
     queries.shift = mu_.const_data_ptr<float>();
     queries.pairs = reinterpret_cast<const uint16_t*>(pairs_.const_data_ptr<int16_t>());
     queries.n_pairs = n_pairs_.const_data_ptr<int32_t>();
-    queries.ab = reinterpret_cast<float2*>(ab_.mutable_data_ptr<float>());
+    queries.page_table = static_cast<const float2*>(page_table_.const_data_ptr());
+    queries.stored_len = p.stored_len;
+    queries.pages = pages_;
+    queries.queries = reinterpret_cast<uint2*>(operands_.mutable_data_ptr<int32_t>());
     queries.norm = norm_.mutable_data_ptr<float>();
     return queries;
   }
   kernels::PagedShift params(const PagedDecode& p) const {
     const auto queries = of_queries(p);
-    return {queries.n_steps, queries.pairs, queries.ab, queries.norm, static_cast<const uint2*>(token_table_.const_data_ptr()),
-            static_cast<const float2*>(page_table_.const_data_ptr())};
+    return {queries.n_steps, static_cast<const uint4*>(turns_.const_data_ptr()), queries.queries, queries.pages, queries.norm};
   }
 
  private:
-  at::Tensor token_table_, page_table_, pairs_, n_pairs_, mu_, ab_, norm_, turn_;
-  at::Tensor rotated_;  // written and not read: pages here are in no rotated basis
+  at::Tensor turns_, page_table_, pairs_, n_pairs_, mu_, operands_, norm_, turn_;
+  int pages_ = 0;
 };
 
 double relative_error(const at::Tensor& out, const at::Tensor& expected) { return ((out - expected).norm() / expected.norm()).item<double>(); }
@@ -387,7 +387,7 @@ class Bench {
     const Shift shift(in.shape);
     if (shifted) paged.params().shift = shift.params(paged.params());
     const auto launch = [&] {
-      if (shifted) check(kv::house::house_query_cuda(shift.of_queries(paged.params()), at::cuda::getCurrentCUDAStream()), "house_query");
+      if (shifted) check(kv::house::shift_query_cuda(shift.of_queries(paged.params()), at::cuda::getCurrentCUDAStream()), "shift_query");
       check(kv::house::house_decode_cuda(paged.params(), bits, bits, grid, at::cuda::getCurrentCUDAStream()), "house_decode");
     };
     launch();

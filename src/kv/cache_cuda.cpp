@@ -275,7 +275,7 @@ class CacheCuda final : public PagedCache {
   }
 
   at::Tensor attend_layer(int layer, const Step& step, const AttendInput& in) override {
-    if (decode_.only) return attend_decode(layer, in.q, in.k, in.v, in.hidden).to(model().dtype);
+    if (decode_.only) return attend_decode(layer, in.q, in.k, in.v, in.hidden);
     const at::Tensor out = at::empty({step.n_tokens, model().n_heads, model().head_dim}, on_gpu(model().dtype));
     for (const Prefill& prefill : prefills_) {
       const Chunk& chunk = *prefill.chunk;
@@ -298,7 +298,7 @@ class CacheCuda final : public PagedCache {
     }
     if (decode_.rows > 0) {
       const auto own = [&](const at::Tensor& x) { return x.defined() ? x.index_select(0, decode_.index) : x; };
-      out.index_copy_(0, decode_.index, attend_decode(layer, own(in.q), own(in.k), own(in.v), own(in.hidden)).to(model().dtype));
+      out.index_copy_(0, decode_.index, attend_decode(layer, own(in.q), own(in.k), own(in.v), own(in.hidden)));
     }
     return out;
   }
@@ -558,7 +558,7 @@ class CacheCuda final : public PagedCache {
       workspace = at::zeros({kernels::paged_decode_workspace_bytes(grid_, n, model().n_kv_heads, rep(), model().head_dim)}, on_gpu(at::kByte));
   }
 
-  /// @return [rows, n_heads, head_dim] fp32
+  /// @return [rows, n_heads, head_dim] in the model's dtype
   at::Tensor attend_decode(int layer, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& hidden) {
     if (layer == 0 && decode_.leaves) store_leaving();
     const int n = decode_.rows;
@@ -580,7 +580,13 @@ class CacheCuda final : public PagedCache {
     append.k = k_rows.const_data_ptr(), append.k_stride = k_rows.stride(0);
     append.v = v_rows.const_data_ptr(), append.v_stride = v_rows.stride(0);
     append.q_turned = q_turned.mutable_data_ptr<float>();
+    at::Tensor q_rotated;
+    if (codec_->rotates_queries()) {
+      q_rotated = at::empty_like(q_turned);
+      append.q_rotated = q_rotated.mutable_data_ptr<float>();
+    }
     append.exact_masks = reinterpret_cast<uint16_t*>(masks.mutable_data_ptr<int16_t>());
+    append.masks_later = decode_.changes_sinks;
     append.refused = refused_.mutable_data_ptr<int32_t>() + layer;
     at::Tensor k_turned, v_plain;
     if (!has_window() || decode_.changes_sinks) {
@@ -597,8 +603,8 @@ class CacheCuda final : public PagedCache {
                                                      model().hidden_size, model().hidden_size, places_->magnitudes().mutable_data_ptr<float>(),
                                                      places_->entries().mutable_data_ptr<int64_t>(), exact_.sinks, exact_.n_first, current_stream()),
                    "update_decode_sinks");
+      check_launch(kernels::exact_masks_cuda(exact, layer, append, current_stream()), "exact_masks");
     }
-    check_launch(kernels::exact_masks_cuda(exact, layer, append, current_stream()), "exact_masks");
     if (!has_window())
       codec_->store(layer, codec_->packable(layer, k_turned, decode_.cos, decode_.sin, decode_.positions), v_plain, decode_.pairs, pages(), refused_.narrow(0, layer, 1));
 
@@ -608,6 +614,7 @@ class CacheCuda final : public PagedCache {
     p.n_q = rep();
     p.head_dim = model().head_dim;
     p.q_exact = append.q_turned;
+    p.q_pages = append.q_rotated;
     p.pool = pool_base_ + layer * layer_page_bytes();
     p.page_bytes = model().n_layers * layer_page_bytes();
     p.block_table = decode_.block_table;
@@ -623,8 +630,9 @@ class CacheCuda final : public PagedCache {
     p.exact_masks = append.exact_masks;
     p.units_before = decode_.units_before;
     p.workspace = reinterpret_cast<std::byte*>(workspaces_.at(n).mutable_data_ptr<uint8_t>());
-    const at::Tensor out = at::empty({n, model().n_heads, model().head_dim}, on_gpu(at::kFloat));
-    p.out = out.mutable_data_ptr<float>();
+    const at::Tensor out = at::empty({n, model().n_heads, model().head_dim}, on_gpu(model().dtype));
+    p.out = out.mutable_data_ptr();
+    p.out_type = element_type(model().dtype);
     codec_->decode(layer, p, grid_);
     return out;
   }

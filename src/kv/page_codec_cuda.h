@@ -73,8 +73,10 @@ class PageCodecCuda {
   /// Called before a step's first decode(), outside of any graph, with what its decode() calls will have: for tables and workspaces that
   /// must not be made while a graph is recorded.
   virtual void prepare_decode(const kernels::PagedDecodeGrid& /*grid*/, int /*batch*/, int /*table_stride*/) const {}
-  /// Decode attention of one layer. What the cache leaves to the codec: q_pages and shift, which it makes of q_exact.
-  /// @param params all but q_pages and shift; pool and page_bytes are of this layer
+  /// Whether decode() wants queries rotated by the normalized Hadamard matrix of head_dim.
+  virtual bool rotates_queries() const { return false; }
+  /// Decode attention of one layer. What the cache leaves to the codec is made of q_exact: shift, and q_pages unless rotates_queries().
+  /// @param params pool and page_bytes are of this layer
   virtual void decode(int layer, kernels::PagedDecode params, const kernels::PagedDecodeGrid& grid) const = 0;
 };
 

@@ -30,4 +30,13 @@ inline kernels::ElementType element_type(at::ScalarType type) {
   }
 }
 
+inline at::ScalarType scalar_type(kernels::ElementType type) {
+  switch (type) {
+    case kernels::ElementType::kFp32: return at::kFloat;
+    case kernels::ElementType::kBf16: return at::kBFloat16;
+    case kernels::ElementType::kFp16: return at::kHalf;
+  }
+  ROTUNDA_ASSERT(false, "element type ", static_cast<int>(type));
+}
+
 }  // namespace rotunda::ops

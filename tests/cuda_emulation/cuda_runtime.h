@@ -14,6 +14,7 @@
 #define __device__
 #define __host__
 #define __forceinline__ inline
+#define __noinline__
 
 // ---- types -----------------------------------------------------------------------------------------------------------
 

@@ -31,6 +31,7 @@ inline constexpr size_t kMaxWords = 4;  ///< that a thread gives to one exchange
 struct Copy {
   void* to;
   const void* from;
+  size_t bytes;
 };
 
 /// One CUDA thread.

@@ -36,6 +36,31 @@ TEST(PlainPagedDecodeTest, WideHead) {
   expect_reference<Kernel<__half, 256, 1, 2, 2>>(ElementType::kFp16,
                                                  {.lens = {100, 16}, .n_kv_heads = 1, .n_q = 1, .head_dim = 256, .exact_blocks = 0}, 2);
 }
+// A warp's share has more (sequence, kv head)s than it brings to their end at once.
+TEST(PlainPagedDecodeTest, ManyShortSequences) {
+  std::vector<int> lens;
+  for (int i = 0; i < 30; ++i) lens.push_back(1 + i * 7 % 40);
+  expect_reference<Kernel<__half, 64, 1, 2, 2>>(ElementType::kFp16, {.lens = lens, .head_dim = 64, .exact_blocks = 1}, 1);
+  expect_reference<Kernel<__half, 64, 1, 2, 2>>(ElementType::kFp16, {.lens = lens, .head_dim = 64, .exact_blocks = 0}, 5);
+}
+
+TEST(PlainPagedDecodeTest, WritesSixteenBitsRounded) {
+  using Kernel = Kernel<__half, 64, 1, 2, 2>;
+  const PlainPageLayout layout{ElementType::kFp16, 2, 64, PagedCase::kPageTokens / 16};
+  PagedCase test = testing::plain_case({.lens = {130, 20}, .head_dim = 64}, layout, 16);
+  const std::vector<float> whole = testing::run_emulated<Kernel>(test, 2);
+  for (const ElementType type : {ElementType::kBf16, ElementType::kFp16}) {
+    PagedDecode p = test.params({2, Kernel::kThreads / 32});
+    std::vector<uint16_t> out(whole.size());
+    p.out = out.data();
+    p.out_type = type;
+    const rotunda::testing::AlignedBytes shared(static_cast<size_t>(Kernel::kSharedBytes), 0xcd);
+    emulation::launch(2, static_cast<unsigned>(Kernel::kThreads), [&] { Kernel::run(p, shared.get()); });
+    for (size_t i = 0; i < out.size(); ++i)
+      ASSERT_EQ(out[i], type == ElementType::kBf16 ? to_bfloat16(whole[i]).bits : to_half(whole[i]).bits) << i;
+  }
+}
+
 // Windows that begin in a page, between pages, and behind all that is in pages.
 TEST(PlainPagedDecodeTest, SlidingWindows) {
   for (const bool masked : {false, true}) {

@@ -1,61 +1,16 @@
+#include <algorithm>
+
+#include "kernels/attention/append_decode.cuh"
 #include "kernels/attention/exact_tokens_cuda.h"
 #include "kernels/cuda/element_type.cuh"
+#include "kernels/cuda/launch.cuh"
+#include "kernels/cuda/ptx.cuh"
 
 namespace rotunda::kernels {
 
 namespace {
 
-/// The exact tokens of one place and layer.
-struct Piece {
-  __half* keys;
-  __half* values;
-  int32_t* sinks;   ///< positions by sink slot
-  uint16_t* masks;  ///< of pages
-  int head_dim;
-  int blocks;
-  int window_slots;
-  int sink_slots;
-
-  __device__ Piece(const ExactTokens& e, int layer, int place)
-      : head_dim(e.head_dim),
-        blocks(e.window_blocks + e.sink_blocks),
-        window_slots(e.window_blocks * kTokenBlock),
-        sink_slots(e.sink_blocks * kTokenBlock) {
-    keys = reinterpret_cast<__half*>(e.bytes + place * e.place_stride + layer * e.layer_stride);
-    values = keys + int64_t{e.n_kv_heads} * blocks * kTokenBlock * head_dim;
-    sinks = e.sink_positions + (int64_t{place} * e.n_layers + layer) * sink_slots;
-    masks = e.page_masks + (int64_t{layer} * e.n_places + place) * e.mask_stride;
-  }
-
-  __device__ __half& key(int head, int slot, int c) const {
-    return keys[((int64_t{head} * blocks + slot / kTokenBlock) * head_dim + c) * kTokenBlock + slot % kTokenBlock];
-  }
-  __device__ __half& value(int head, int slot, int c) const {
-    return values[(int64_t{head} * blocks * kTokenBlock + slot) * head_dim + c];
-  }
-  __device__ int window_slot(int64_t position) const { return static_cast<int>(position % window_slots); }
-
-  /// What the slot holds as the sequence ends before `kv_len`: the newest position that lies in it; negative: none.
-  __device__ int64_t window_position(int slot, int64_t kv_len) const {
-    return kv_len - 1 - (kv_len - 1 - slot + int64_t{window_slots}) % window_slots;
-  }
-
-  __device__ void hide(int64_t position, bool hidden) const {
-    const auto bit = static_cast<uint16_t>(1U << (position % kTokenBlock));
-    uint16_t& entry = masks[position / kTokenBlock];
-    entry = static_cast<uint16_t>(hidden ? entry & ~bit : entry | bit);
-  }
-};
-
-/// @return whether it fits; else 0 is put, since masks rely on finite numbers
-__device__ __forceinline__ bool put(__half& to, float x) {
-  const __half rounded = __float2half_rn(x);
-  const bool fits = (__half_as_ushort(rounded) & 0x7c00U) != 0x7c00U;
-  to = fits ? rounded : __half(0.0F);
-  return fits;
-}
-
-__device__ bool copy_in(const Piece& piece, int slot, const float* key, const float* value, int n_kv_heads) {
+__device__ bool copy_in(const ExactPiece& piece, int slot, const float* key, const float* value, int n_kv_heads) {
   bool fits = true;
   const int channels = n_kv_heads * piece.head_dim;
   for (int i = static_cast<int>(threadIdx.x); i < channels; i += static_cast<int>(blockDim.x)) {
@@ -67,70 +22,16 @@ __device__ bool copy_in(const Piece& piece, int slot, const float* key, const fl
 
 // ---- append ----------------------------------------------------------------------------------------------------------
 
-/// Block (kv head, sequence), thread i: RoPE pair i.
-template <typename T>
+template <typename T, int kHeadDim>
 __global__ void append_kernel(const __grid_constant__ ExactTokens exact, int layer, const __grid_constant__ DecodeAppend p) {
-  const int head = static_cast<int>(blockIdx.x);
-  const int seq = static_cast<int>(blockIdx.y);
-  const int i = static_cast<int>(threadIdx.x);
-  const int d = exact.head_dim;
-  const int half = d / 2;
-  const Piece piece(exact, layer, p.place[seq]);
-  const int64_t position = p.position[seq];
-  const float c = p.cos[int64_t{seq} * half + i];
-  const float s = p.sin[int64_t{seq} * half + i];
-  for (int h = 0; h < p.n_q; ++h) {
-    const T* const q = static_cast<const T*>(p.q) + seq * p.q_stride + (int64_t{head} * p.n_q + h) * d;
-    float* const to = p.q_turned + ((int64_t{seq} * exact.n_kv_heads + head) * p.n_q + h) * d;
-    const float a = widen(q[i]);
-    const float b = widen(q[i + half]);
-    to[i] = (a * c - b * s) * p.softmax_scale;
-    to[i + half] = (b * c + a * s) * p.softmax_scale;
-  }
-  const T* const k = static_cast<const T*>(p.k) + seq * p.k_stride + int64_t{head} * d;
-  const T* const v = static_cast<const T*>(p.v) + seq * p.v_stride + int64_t{head} * d;
-  const float a = widen(k[i]);
-  const float b = widen(k[i + half]);
-  const float key[2] = {a * c - b * s, b * c + a * s};
-  const float value[2] = {widen(v[i]), widen(v[i + half])};
-  if (p.k_turned != nullptr) {
-    const int64_t at = (int64_t{seq} * exact.n_kv_heads + head) * d + i;
-    p.k_turned[at] = key[0], p.k_turned[at + half] = key[1];
-    p.v_plain[at] = value[0], p.v_plain[at + half] = value[1];
-  }
-  if (piece.window_slots > 0) {
-    const int slot = piece.window_slot(position);
-    bool fits = put(piece.key(head, slot, i), key[0]);
-    fits = put(piece.key(head, slot, i + half), key[1]) && fits;
-    fits = put(piece.value(head, slot, i), value[0]) && fits;
-    fits = put(piece.value(head, slot, i + half), value[1]) && fits;
-    if (!fits) *p.refused = 1;
-  }
+  ptx::wait_for_launches_before();
+  append_block<T, kHeadDim>(exact, layer, p, static_cast<int>(blockDim.x) / kWarp);
 }
 
-/// Block: a sequence; thread: a block of exact slots.
+/// Block: a sequence; one warp.
 __global__ void exact_masks_kernel(const __grid_constant__ ExactTokens exact, int layer, const __grid_constant__ DecodeAppend p) {
   const int seq = static_cast<int>(blockIdx.x);
-  const Piece piece(exact, layer, p.place[seq]);
-  const int64_t kv_len = p.position[seq] + 1;
-  const int64_t stored = p.stored_len[seq];
-  const int64_t oldest = p.first_token[seq];
-  for (int block = static_cast<int>(threadIdx.x); block < piece.blocks; block += static_cast<int>(blockDim.x)) {
-    unsigned mask = 0;
-    for (int t = 0; t < kTokenBlock; ++t) {
-      const int slot = block * kTokenBlock + t;
-      bool attended;
-      if (slot < piece.window_slots) {
-        const int64_t position = piece.window_position(slot, kv_len);
-        attended = position >= stored && position >= oldest;
-      } else {
-        const int64_t position = piece.sinks[slot - piece.window_slots];
-        attended = position >= oldest && position >= 0 && position < stored;
-      }
-      mask |= attended ? 1U << t : 0U;
-    }
-    p.exact_masks[int64_t{seq} * piece.blocks + block] = static_cast<uint16_t>(mask);
-  }
+  write_exact_masks(ExactPiece(exact, layer, p.place[seq]), p, seq);
 }
 
 // ---- window ----------------------------------------------------------------------------------------------------------
@@ -141,7 +42,7 @@ __global__ void read_window_kernel(const __grid_constant__ ExactTokens exact, in
   const int row = static_cast<int>(blockIdx.x);
   const int layer = static_cast<int>(blockIdx.y);
   const int position = positions[row];
-  const Piece piece(exact, first_layer + layer, places[row]);
+  const ExactPiece piece(exact, first_layer + layer, places[row]);
   const int channels = exact.n_kv_heads * exact.head_dim;
   const int64_t at = (int64_t{layer} * gridDim.x + row) * channels;
   for (int i = static_cast<int>(threadIdx.x); i < channels; i += static_cast<int>(blockDim.x)) {
@@ -154,7 +55,7 @@ __global__ void read_window_kernel(const __grid_constant__ ExactTokens exact, in
 
 __global__ void write_window_kernel(const __grid_constant__ ExactTokens exact, int layer, int place, int64_t first, const float* key,
                                     const float* value, int32_t* refused) {
-  const Piece piece(exact, layer, place);
+  const ExactPiece piece(exact, layer, place);
   const int64_t row = int64_t{blockIdx.x} * exact.n_kv_heads * exact.head_dim;
   if (!copy_in(piece, piece.window_slot(first + blockIdx.x), key + row, value + row, exact.n_kv_heads)) *refused = 1;
 }
@@ -163,7 +64,7 @@ __global__ void write_window_kernel(const __grid_constant__ ExactTokens exact, i
 
 /// Brings one layer of one sequence to the wanted sinks; all threads of a block.
 /// @param key, value rows of positions first .. first + n - 1
-__device__ void assign_sinks(const Piece& piece, const int64_t* entries, int n_entries, int n_first, int64_t first, int64_t n, const float* key,
+__device__ void assign_sinks(const ExactPiece& piece, const int64_t* entries, int n_entries, int n_first, int64_t first, int64_t n, const float* key,
                              const float* value, int n_kv_heads, int32_t* refused) {
   __shared__ int64_t fresh_position[kMostSinkSlots];
   __shared__ int fresh_slot[kMostSinkSlots];
@@ -217,7 +118,7 @@ __device__ void assign_sinks(const Piece& piece, const int64_t* entries, int n_e
 
 __global__ void update_sinks_kernel(const __grid_constant__ ExactTokens exact, int layer, int place, const int64_t* entries, int n_entries,
                                     int n_first, int64_t first, int64_t n, const float* key, const float* value, int32_t* refused) {
-  assign_sinks(Piece(exact, layer, place), entries, n_entries, n_first, first, n, key, value, exact.n_kv_heads, refused);
+  assign_sinks(ExactPiece(exact, layer, place), entries, n_entries, n_first, first, n, key, value, exact.n_kv_heads, refused);
 }
 
 /// The larger of two (magnitude, index), the lower index where they are equal.
@@ -272,13 +173,13 @@ __global__ void decode_sinks_kernel(const __grid_constant__ ExactTokens exact, i
     if (!more) break;
   }
   const int64_t channels = int64_t{exact.n_kv_heads} * exact.head_dim;
-  assign_sinks(Piece(exact, layer, p.place[seq]), positions, n_entries, n_first, position, 1, p.k_turned + seq * channels,
+  assign_sinks(ExactPiece(exact, layer, p.place[seq]), positions, n_entries, n_first, position, 1, p.k_turned + seq * channels,
                p.v_plain + seq * channels, exact.n_kv_heads, p.refused);
 }
 
 /// Block: a layer.
 __global__ void rebuild_masks_kernel(const __grid_constant__ ExactTokens exact, int place) {
-  const Piece piece(exact, static_cast<int>(blockIdx.x), place);
+  const ExactPiece piece(exact, static_cast<int>(blockIdx.x), place);
   for (int64_t i = threadIdx.x; i < exact.mask_stride; i += blockDim.x) piece.masks[i] = 0xffffU;
   __syncthreads();
   if (threadIdx.x != 0) return;
@@ -290,7 +191,7 @@ __global__ void rebuild_masks_kernel(const __grid_constant__ ExactTokens exact, 
 template <typename T>
 __global__ void overlay_kernel(const __grid_constant__ ExactTokens exact, int layer, int place, int64_t window_first, int64_t limit, T* key,
                                T* value, int64_t rows) {
-  const Piece piece(exact, layer, place);
+  const ExactPiece piece(exact, layer, place);
   const int slot = static_cast<int>(blockIdx.x);
   const int head = static_cast<int>(blockIdx.y);
   int64_t position;
@@ -313,10 +214,15 @@ constexpr int kThreads = 256;
 }  // namespace
 
 cudaError_t append_decode_cuda(const ExactTokens& exact, int layer, const DecodeAppend& params, ElementType type, cudaStream_t stream) {
-  const dim3 blocks(static_cast<unsigned>(exact.n_kv_heads), static_cast<unsigned>(params.batch));
+  const int blocks = exact.n_kv_heads * params.batch;
+  const int warps = std::min(params.n_q + 2, 8);
   return with_type(type, [&]<typename T>(T) {
-    append_kernel<T><<<blocks, static_cast<unsigned>(exact.head_dim / 2), 0, stream>>>(exact, layer, params);
-    return cudaGetLastError();
+    const auto kernel = exact.head_dim == 64    ? &append_kernel<T, 64>
+                        : exact.head_dim == 128 ? &append_kernel<T, 128>
+                        : exact.head_dim == 256 ? &append_kernel<T, 256>
+                                                : nullptr;
+    if (kernel == nullptr) return cudaErrorInvalidValue;
+    return launch_overlapped(kernel, blocks, warps * kWarp, 0, stream, exact, layer, params);
   });
 }
 

@@ -4,6 +4,8 @@
 
 #include "kernels/attention/paged_decode.h"
 #include "kernels/cuda/ptx.cuh"
+#include "kernels/cuda/sixteen_bit.cuh"
+#include "kernels/cuda/warp.cuh"
 
 /// The skeleton of decode attention on GPUs; what a page holds is a codec's affair. A unit comes in two pieces, keys and then values, each
 /// in a stage of shared memory of its own. A codec is a struct of static functions and constants:
@@ -20,8 +22,6 @@
 /// Every warp works for itself: a pipeline of kStages stages of its own, no barrier until its share is done.
 namespace rotunda::kernels {
 
-inline constexpr int kWarp = 32;
-inline constexpr unsigned kAllLanes = 0xffffffffU;
 inline constexpr float kLog2e = 1.44269504088896340736F;
 
 /// Running softmax of one warp. Lane 4 g + t answers for query heads t and, in the second set, 4 + t; which channels its outputs are,
@@ -67,12 +67,23 @@ struct UnitAt {
   const uint16_t* masks;  ///< of the unit's blocks, or null
 };
 
-/// Units of the sequences before this one, of one kv head.
-__device__ __forceinline__ int units_before(const PagedDecode& p, int seq) {
-  return p.units_before[seq] + seq * p.exact_blocks * (p.exact_pieces - 1);
-}
-/// Units that exact tokens make, of one kv head of a sequence.
-__device__ __forceinline__ int exact_units(const PagedDecode& p) { return p.exact_blocks * p.exact_pieces; }
+/// How many units there are of what.
+struct UnitList {
+  const int32_t* units_before;  ///< of PagedDecode
+  int batch;
+  int n_kv_heads;
+  int exact_blocks;
+  int exact_pieces;
+
+  explicit __device__ UnitList(const PagedDecode& p)
+      : units_before(p.units_before), batch(p.batch), n_kv_heads(p.n_kv_heads), exact_blocks(p.exact_blocks), exact_pieces(p.exact_pieces) {}
+
+  /// Of the sequences before this one, of one kv head.
+  __device__ __forceinline__ int before(int seq) const { return units_before[seq] + seq * exact_blocks * (exact_pieces - 1); }
+  /// Of exact tokens, of one kv head of a sequence.
+  __device__ __forceinline__ int of_exact() const { return exact_blocks * exact_pieces; }
+  __device__ __forceinline__ int all() const { return before(batch) * n_kv_heads; }
+};
 
 /// A place in the flat list of units; walks forward. What it can look up it does not keep: registers are scarce.
 template <int kUnitTokens, int kPageTokens>
@@ -84,11 +95,11 @@ class UnitCursor {
     int high = p.batch - 1;
     while (low < high) {
       const int middle = (low + high + 1) / 2;
-      if (units_before(p, middle) * p.n_kv_heads <= unit) low = middle;
+      if (UnitList(p).before(middle) * p.n_kv_heads <= unit) low = middle;
       else high = middle - 1;
     }
     enter(low);
-    const int within = unit - units_before(p, low) * p.n_kv_heads;
+    const int within = unit - UnitList(p).before(low) * p.n_kv_heads;
     const int of_head = end_ - unit_;
     head_ = within / of_head;
     unit_ += within % of_head;
@@ -122,7 +133,7 @@ class UnitCursor {
       if (++head_ == p_.n_kv_heads) {
         head_ = 0;
         int next = seq_ + 1;
-        while (next < p_.batch && units_before(p_, next + 1) == units_before(p_, next)) ++next;
+        while (next < p_.batch && UnitList(p_).before(next + 1) == UnitList(p_).before(next)) ++next;
         if (next == p_.batch) return;
         enter(next);
       }
@@ -136,10 +147,10 @@ class UnitCursor {
   __device__ void enter(int seq) {
     seq_ = seq;
     unit_ = first_unit();
-    end_ = unit_ + units_before(p_, seq + 1) - units_before(p_, seq);
+    end_ = unit_ + UnitList(p_).before(seq + 1) - UnitList(p_).before(seq);
   }
   __device__ int first_unit() const { return p_.first_token == nullptr ? 0 : p_.first_token[seq_] / kUnitTokens; }
-  __device__ int end_of_pages() const { return end_ - exact_units(p_); }
+  __device__ int end_of_pages() const { return end_ - UnitList(p_).of_exact(); }
   __device__ int64_t slot() const { return p_.slot == nullptr ? seq_ : p_.slot[seq_]; }
   static __device__ int page_of(int unit) { return static_cast<int>(static_cast<unsigned>(unit) / kPieces); }
   /// The page's number is asked for when the cursor moves and needed when it is next looked at: its latency is hidden.
@@ -155,7 +166,15 @@ class UnitCursor {
   int32_t page_ = 0;
 };
 
-/// A row of things cut into shares, in order; the first ones are one larger where it does not come out even.
+/// thing / size, for up to 2^20 sizes: a division in few instructions.
+__device__ __forceinline__ int divide(int thing, int size) {
+  // Right but for one up or down.
+  const int near = static_cast<int>(static_cast<float>(thing) * ptx::reciprocal_approximate(static_cast<float>(size)));
+  const int rest = thing - near * size;
+  return near + (rest >= size ? 1 : 0) - (rest < 0 ? 1 : 0);
+}
+
+/// A row of things cut into up to 2^20 shares, in order; the first ones are one larger where it does not come out even.
 struct EvenCut {
   int size;    ///< of the smaller shares
   int larger;  ///< so many shares are one larger
@@ -164,7 +183,8 @@ struct EvenCut {
   __device__ int begin(int share) const { return share * size + min(share, larger); }
   __device__ int owner(int thing) const {
     const int of_larger = larger * (size + 1);
-    return thing < of_larger ? thing / (size + 1) : larger + (thing - of_larger) / size;
+    const bool in_larger = thing < of_larger;
+    return (in_larger ? 0 : larger) + divide(thing - (in_larger ? 0 : of_larger), in_larger ? size + 1 : size);
   }
 };
 
@@ -176,8 +196,8 @@ struct WorkSplit {
   int warps;  ///< of a block
   EvenCut of_blocks;
 
-  __device__ WorkSplit(const PagedDecode& p, int n_blocks, int warps_per_block)
-      : units(units_before(p, p.batch) * p.n_kv_heads), blocks(n_blocks), warps(warps_per_block), of_blocks(units, n_blocks) {}
+  __device__ WorkSplit(const UnitList& list, int n_blocks, int warps_per_block)
+      : units(list.all()), blocks(n_blocks), warps(warps_per_block), of_blocks(units, n_blocks) {}
 
   struct Share {
     int begin;
@@ -204,25 +224,28 @@ struct PartSlots {
   int blocks[2] = {};  ///< that hand in a part
   int open[2] = {};    ///< 1: there is a part of the warp whose share goes on
   int open_slot = 0;   ///< of the pages; that of the exact tokens is the next
+  int pair = 0;        ///< seq * n_kv_heads + head
 
-  __device__ PartSlots(const PagedDecode& p, const WorkSplit& split, int seq, int head) {
-    const int of_seq = units_before(p, seq + 1) - units_before(p, seq);
-    const int begin = units_before(p, seq) * p.n_kv_heads + head * of_seq;
+  __device__ PartSlots(const UnitList& list, const WorkSplit& split, int of_pair) : pair(of_pair) {
+    const int seq = pair / list.n_kv_heads;
+    const int head = pair % list.n_kv_heads;
+    const int of_seq = list.before(seq + 1) - list.before(seq);
+    const int begin = list.before(seq) * list.n_kv_heads + head * of_seq;
     const int end = begin + of_seq;
-    const int segment = 2 * (seq * p.n_kv_heads + head);
-    open_slot = slot_of_open(p, split, segment);
-    add(split, 0, begin, end - exact_units(p), segment);
-    add(split, 1, end - exact_units(p), end, segment + 1);
+    const int segment = 2 * pair;
+    open_slot = slot_of_open(list, split.blocks, segment);
+    add(split, 0, begin, end - list.of_exact(), segment);
+    add(split, 1, end - list.of_exact(), end, segment + 1);
   }
 
   // The segment's number and the block's rise along the list, and never neither: their sum names a part.
   static __device__ int slot_of_block(int block, int segment) { return block + segment; }
-  static __device__ int slot_of_open(const PagedDecode& p, const WorkSplit& split, int segment) {
-    return split.blocks + 2 * p.batch * p.n_kv_heads + segment;
+  static __device__ int slot_of_open(const UnitList& list, int n_blocks, int segment) {
+    return n_blocks + 2 * list.batch * list.n_kv_heads + segment;
   }
 
   __device__ int count() const { return blocks[0] + open[0] + blocks[1] + open[1]; }
-  __device__ int64_t slot(int i) const {
+  __device__ int slot(int i) const {
     if (i < blocks[0]) return first[0] + i;
     i -= blocks[0];
     if (i < open[0]) return open_slot;
@@ -260,6 +283,14 @@ struct PartsView {
   }
 };
 
+/// Parts of one query head, in shared or global memory: lane i of a warp knows where part i lies.
+struct PartsOfHead {
+  static constexpr int kMost = 16;
+  int count;              ///< at least 1; lanes from here on know the last part
+  const float2* softmax;  ///< maximum and sum
+  const float4* row;      ///< weighted values
+};
+
 /// What a warp has merged of one query head: lane i has channels 4 i .. 4 i + 3 of every 128.
 template <int kHeadDim>
 struct MergedHead {
@@ -270,66 +301,92 @@ struct MergedHead {
 
   /// The lane's place in a row, in float4; narrow heads have rows for half of the lanes, the others do the same again.
   static __device__ __forceinline__ int place(int chunk) {
-    return chunk * kWarp + static_cast<int>(threadIdx.x) % (kHeadDim < 128 ? kHeadDim / 4 : kWarp);
-  }
-
-  __device__ __forceinline__ void add(float2 softmax, const float4 (&row)[kChunks]) {
-    const float top = fmaxf(max, softmax.x);
-    const float base = top == -INFINITY ? 0.0F : top;
-    const float keep = ptx::exp2_approximate(max - base);
-    const float weight = ptx::exp2_approximate(softmax.x - base);
-    max = top;
-    sum = fmaf(sum, keep, weight * softmax.y);
-#pragma unroll
-    for (int c = 0; c < kChunks; ++c) {
-      out[c].x = fmaf(out[c].x, keep, weight * row[c].x);
-      out[c].y = fmaf(out[c].y, keep, weight * row[c].y);
-      out[c].z = fmaf(out[c].z, keep, weight * row[c].z);
-      out[c].w = fmaf(out[c].w, keep, weight * row[c].w);
-    }
-  }
-
-  /// Writes the outputs times `factor`.
-  __device__ __forceinline__ void write(float* to, float factor) const {
-#pragma unroll
-    for (int c = 0; c < kChunks; ++c)
-      reinterpret_cast<float4*>(to)[place(c)] =
-          make_float4(out[c].x * factor, out[c].y * factor, out[c].z * factor, out[c].w * factor);
+    return chunk * kWarp + static_cast<int>(threadIdx.x % (kHeadDim < 128 ? kHeadDim / 4 : kWarp));
   }
 };
 
-/// Merges all parts of one query head h and writes its output. One warp, always in the same order of operations, whoever does it.
-template <int kHeadDim, int kSets>
-__device__ void merge_parts(const PagedDecode& p, const PartsView<kHeadDim, kSets>& parts, const PartSlots& slots, int seq, int head,
-                            int h) {
+/// Adds parts, in their order. Once in the program and short: it runs at the end of a kernel, where every instruction is fetched for the
+/// first time, and what it does first is to ask for all that it wants to read.
+template <int kHeadDim>
+__device__ __noinline__ MergedHead<kHeadDim> add_parts(MergedHead<kHeadDim> merged, PartsOfHead parts) {
   using Merged = MergedHead<kHeadDim>;
-  constexpr int kTogether = 8;  // parts whose loads are under way at the same time
-  Merged merged;
-  const int count = slots.count();
-  for (int from = 0; from < count; from += kTogether) {
-    float2 softmax[kTogether];
+  const int lane = static_cast<int>(threadIdx.x % kWarp);
+  constexpr int kTogether = PartsOfHead::kMost / Merged::kChunks;
+  const auto row = reinterpret_cast<uint64_t>(parts.row);
+  float2 softmax = ptx::load_shared_by_all(parts.softmax);
+#pragma unroll 1
+  for (int from = 0; from < parts.count; from += kTogether) {
     float4 rows[kTogether][Merged::kChunks];
 #pragma unroll
     for (int i = 0; i < kTogether; ++i) {
-      const int64_t row = slots.slot(min(from + i, count - 1)) * PartsView<kHeadDim, kSets>::kHeads + h;
-      softmax[i] = __ldcg(parts.softmax + row);
+      const auto* const at = reinterpret_cast<const float4*>(__shfl_sync(kAllLanes, row, from + i));
 #pragma unroll
-      for (int c = 0; c < Merged::kChunks; ++c)
-        rows[i][c] = __ldcg(reinterpret_cast<const float4*>(parts.out + row * kHeadDim) + Merged::place(c));
+      for (int c = 0; c < Merged::kChunks; ++c) rows[i][c] = ptx::load_shared_by_all(at + Merged::place(c));
+    }
+    if (from == 0) {
+      if (lane >= parts.count) softmax = make_float2(-INFINITY, 0);
+      float top = fmaxf(merged.max, softmax.x);
+#pragma unroll
+      for (int step = 1; step < kWarp; step *= 2) top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, step));
+      const float base = top == -INFINITY ? 0.0F : top;
+      const float keep = ptx::exp2_approximate(merged.max - base);
+      softmax.x = ptx::exp2_approximate(softmax.x - base);  // from here on the part's weight
+      float sum = softmax.x * softmax.y;
+#pragma unroll
+      for (int step = 1; step < kWarp; step *= 2) sum += __shfl_xor_sync(kAllLanes, sum, step);
+      merged.max = top;
+      merged.sum = fmaf(merged.sum, keep, sum);
+#pragma unroll
+      for (float4& x : merged.out) x = make_float4(x.x * keep, x.y * keep, x.z * keep, x.w * keep);
     }
 #pragma unroll
-    for (int i = 0; i < kTogether; ++i)
-      if (from + i < count) merged.add(softmax[i], rows[i]);
+    for (int i = 0; i < kTogether; ++i) {
+      const float weight = __shfl_sync(kAllLanes, softmax.x, from + i);
+#pragma unroll
+      for (int c = 0; c < Merged::kChunks; ++c) {
+        float4& x = merged.out[c];
+        const float4 y = rows[i][c];
+        x = make_float4(fmaf(weight, y.x, x.x), fmaf(weight, y.y, x.y), fmaf(weight, y.z, x.z), fmaf(weight, y.w, x.w));
+      }
+    }
   }
-  merged.write(p.out + ((int64_t{seq} * p.n_kv_heads + head) * p.n_q + h) * kHeadDim, merged.sum > 0 ? 1.0F / merged.sum : 0.0F);
+  return merged;
 }
 
-/// Says that one more of `parts` parts of a (sequence, kv head) is written. One thread, after a barrier of those who wrote it.
-/// @return whether it was the last one; then a barrier lets others read them
-__device__ __forceinline__ bool arrive(int* counter, int parts) {
-  const bool last = ptx::add_one(counter) + 1 == parts;
-  if (last) *counter = 0;  // for the next launch
-  return last;
+/// Merges all parts of query head h of a (sequence, kv head) and writes its output. One warp, always in the same order of operations,
+/// whoever does it.
+template <int kHeadDim, int kSets>
+__device__ __forceinline__ void merge_parts(const PagedDecode& p, const PartsView<kHeadDim, kSets>& parts, const PartSlots& slots, int h) {
+  using Merged = MergedHead<kHeadDim>;
+  const int lane = static_cast<int>(threadIdx.x % kWarp);
+  const int count = slots.count();
+  Merged merged;
+#pragma unroll 1
+  for (int from = 0; from < count; from += PartsOfHead::kMost) {
+    const int64_t row = slots.slot(min(from + lane, count - 1)) * PartsView<kHeadDim, kSets>::kHeads + h;
+    merged = add_parts<kHeadDim>(merged, {min(count - from, PartsOfHead::kMost), parts.softmax + row,
+                                          reinterpret_cast<const float4*>(parts.out + row * kHeadDim)});
+  }
+  const float factor = merged.sum > 0 ? 1.0F / merged.sum : 0.0F;
+  const int64_t row = (int64_t{slots.pair} * p.n_q + h) * (kHeadDim / 4);
+#pragma unroll
+  for (int c = 0; c < Merged::kChunks; ++c) {
+    const float4 x = make_float4(merged.out[c].x * factor, merged.out[c].y * factor, merged.out[c].z * factor, merged.out[c].w * factor);
+    const int64_t at = row + Merged::place(c);
+    switch (p.out_type) {
+      case ElementType::kFp32: static_cast<float4*>(p.out)[at] = x; break;
+      case ElementType::kBf16: static_cast<uint2*>(p.out)[at] = four_of<__nv_bfloat16>(x); break;
+      case ElementType::kFp16: static_cast<uint2*>(p.out)[at] = four_of<__half>(x); break;
+    }
+  }
+}
+
+/// Says that `more` of `parts` parts of a (sequence, kv head) are written. One thread, after a barrier of those who wrote them.
+/// @return whether all are; then a barrier lets others read them
+__device__ __forceinline__ bool arrive(int* counter, int more, int parts) {
+  const bool all = ptx::add(counter, more) + more == parts;
+  if (all) *counter = 0;  // for the next launch
+  return all;
 }
 
 /// The kernel's body: Pages and Exact are codecs.
@@ -354,60 +411,79 @@ class PagedDecodeKernel {
 
  public:
   static constexpr int kThreads = kWarps * kWarp;
-  static constexpr int kSharedBytes = kWarps * (kWarpBytes + 8);
+
+ private:
+  /// (Sequence, kv head)s of a warp's share that are brought to their end together.
+  static constexpr int kPairs = 4;
+
+  /// What the warps of a block tell each other, behind their stages.
+  struct Board {
+    PartSlots slots[kWarps][kPairs];
+    int first[kWarps];          ///< segment with which the share begins
+    int last[kWarps];           ///< segment in which it ends, or -1 where there is no share
+    unsigned complete[kWarps];  ///< bit i: all parts of slots[warp][i] are there
+  };
+
+ public:
+  static constexpr int kSharedBytes = kWarps * kWarpBytes + static_cast<int>(sizeof(Board));
 
   /// @param shared kSharedBytes, 128-byte aligned
   static __device__ void run(const PagedDecode& p, std::byte* shared) {
-    const int warp_in_block = static_cast<int>(threadIdx.x) / kWarp;
-    int* const segments = reinterpret_cast<int*>(shared + kWarps * kWarpBytes);  // in which warps ended, or -1
-    int* const last = segments + kWarps;
-
-    const WorkSplit::Share share = work_split(p).share(static_cast<int>(blockIdx.x), warp_in_block);
-    int segment = -1;
-    if (share.end > share.begin) segment = attend_share(p, share, shared + warp_in_block * kWarpBytes);
-    if (threadIdx.x % kWarp == 0) segments[warp_in_block] = segment;
+    const int warp = static_cast<int>(threadIdx.x / kWarp);
+    const int lane = static_cast<int>(threadIdx.x % kWarp);
+    Board& board = *reinterpret_cast<Board*>(shared + kWarps * kWarpBytes);
+    {
+      const WorkSplit::Share share = work_split(UnitList(p)).share(static_cast<int>(blockIdx.x), warp);
+      if (share.end > share.begin) attend_share(p, share, shared + warp * kWarpBytes, board);
+      else if (lane == 0) board.first[warp] = board.last[warp] = -1;
+    }
     __syncthreads();
 
-    const WorkSplit split = work_split(p);
-    const Parts parts(p, split.blocks);
     // Neighbouring warps that ended in the same segment hand in one part together: bit w says that such a run begins with warp w.
-    const int lane = static_cast<int>(threadIdx.x) % kWarp;
-    const int ended = lane < kWarps ? segments[lane] : -1;
+    const Parts parts(p, static_cast<int>(gridDim.x));
+    const int ended = lane < kWarps ? board.last[lane] : -1;
     const unsigned there = __ballot_sync(kAllLanes, ended >= 0);
-    const unsigned begins = __ballot_sync(kAllLanes, ended >= 0 && (lane == 0 || segments[lane - 1] != ended));
-    int turn = warp_in_block;  // whose turn it is: work on runs and heads goes round
+    const unsigned begins = __ballot_sync(kAllLanes, ended >= 0 && (lane == 0 || board.last[lane - 1] != ended));
+    int turn = warp;  // whose turn it is: work on runs and heads goes round
     for (unsigned left = begins; left != 0; left &= left - 1) {
       const int first = __ffs(static_cast<int>(left)) - 1;
       const unsigned next = left & (left - 1);
       const int end = next != 0 ? __ffs(static_cast<int>(next)) - 1 : __popc(there);
-      const int64_t slot = PartSlots::slot_of_block(static_cast<int>(blockIdx.x), segments[first]);
+      const int slot = PartSlots::slot_of_block(static_cast<int>(blockIdx.x), board.last[first]);
       for (int h = 0; h < p.n_q; ++h) {
         if (turn == 0) combine(parts, shared + first * kWarpBytes, end - first, slot, h);
         turn = turn == 0 ? kWarps - 1 : turn - 1;
       }
     }
     __syncthreads();
-    if (threadIdx.x < kWarps && (begins >> threadIdx.x & 1U) != 0) {
-      const int of = segments[threadIdx.x] / 2;
-      last[threadIdx.x] = arrive(parts.counters + of, PartSlots(p, split, of / p.n_kv_heads, of % p.n_kv_heads).count());
-    }
-    __syncthreads();
-    for (unsigned left = begins; left != 0; left &= left - 1) {
-      const int first = __ffs(static_cast<int>(left)) - 1;
-      if (!last[first]) continue;
-      const int seq = segments[first] / 2 / p.n_kv_heads;
-      const int head = segments[first] / 2 % p.n_kv_heads;
-      const PartSlots slots(p, split, seq, head);
-      for (int h = 0; h < p.n_q; ++h) {
-        if (turn == 0) merge_parts(p, parts, slots, seq, head, h);
-        turn = turn == 0 ? kWarps - 1 : turn - 1;
+
+    // Whoever hands in the last part of a (sequence, kv head) merges all of them.
+    int most = ended < 0 ? 0 : ended / 2 - board.first[lane] / 2 + 1;
+#pragma unroll
+    for (int step = 1; step < kWarp; step *= 2) most = max(most, __shfl_xor_sync(kAllLanes, most, step));
+    for (int from = 0; from < most; from += kPairs) {
+      if (from > 0) {
+        __syncthreads();  // the slots of the round before have been read
+        if (board.last[warp] >= 0) find_slots(UnitList(p), board.first[warp] / 2 + from, board.last[warp] / 2, board.slots[warp]);
+      }
+      arrive_all(parts, board, (begins >> warp & 1U) != 0, from);
+      __syncthreads();
+      for (unsigned some = __ballot_sync(kAllLanes, lane < kWarps && board.complete[lane] != 0); some != 0; some &= some - 1) {
+        const int of = __ffs(static_cast<int>(some)) - 1;
+        for (unsigned left = board.complete[of]; left != 0; left &= left - 1) {
+          const PartSlots& slots = board.slots[of][__ffs(static_cast<int>(left)) - 1];
+          for (int h = 0; h < p.n_q; ++h) {
+            if (turn == 0) merge_parts(p, parts, slots, h);
+            turn = turn == 0 ? kWarps - 1 : turn - 1;
+          }
+        }
       }
     }
   }
 
  private:
   /// Made anew where it is needed, so that it takes no registers while units are attended to.
-  static __device__ __forceinline__ WorkSplit work_split(const PagedDecode& p) { return {p, static_cast<int>(gridDim.x), kWarps}; }
+  static __device__ __forceinline__ WorkSplit work_split(const UnitList& list) { return {list, static_cast<int>(gridDim.x), kWarps}; }
 
   /// One warp's stages: pieces are copied kStages - 1 ahead of the one that is attended to.
   struct Pipeline {
@@ -467,20 +543,51 @@ class PagedDecodeKernel {
     }
   };
 
-  /// Attends to a warp's share. What it finds in the last segment is left in its shared memory, the rest is handed in.
-  /// @return the last segment's number
-  static __device__ int attend_share(const PagedDecode& p, const WorkSplit::Share& share, std::byte* mine) {
+  /// The parts of (sequence, kv head)s first .. last, at most kPairs of them, one lane each.
+  static __device__ __noinline__ void find_slots(UnitList list, int first, int last, PartSlots* to) {
+    const int lane = static_cast<int>(threadIdx.x % kWarp);
+    if (lane < kPairs && first + lane <= last) to[lane] = PartSlots(list, work_split(list), first + lane);
+  }
+
+  /// One warp says which parts it has handed in, of its (sequence, kv head)s from number `from` on; board.slots are theirs.
+  /// @param begins whether it hands in the part of the run that it is in
+  static __device__ __forceinline__ void arrive_all(const Parts& parts, Board& board, bool begins, int from) {
+    const int warp = static_cast<int>(threadIdx.x / kWarp);
+    const int lane = static_cast<int>(threadIdx.x % kWarp);
+    const int first = board.first[warp];
+    const int last = board.last[warp];
+    const int pair = first / 2 + from + lane;
+    bool complete = false;
+    if (last >= 0 && lane < kPairs && pair <= last / 2) {
+      const PartSlots& slots = board.slots[warp][lane];
+      int more = begins && pair == last / 2 ? 1 : 0;
+      for (int kind = 0; kind < 2; ++kind) {
+        const int segment = 2 * pair + kind;
+        if (segment >= first && segment < last) more += slots.open[kind];
+      }
+      if (more > 0) complete = arrive(parts.counters + pair, more, slots.count());
+    }
+    const unsigned all = __ballot_sync(kAllLanes, complete);
+    if (lane == 0) board.complete[warp] = all;
+  }
+
+  /// Attends to a warp's share. What it finds in the last segment is left in its shared memory, the rest lies where open parts lie.
+  static __device__ __forceinline__ void attend_share(const PagedDecode& p, const WorkSplit::Share& share, std::byte* mine, Board& board) {
+    const int warp = static_cast<int>(threadIdx.x / kWarp);
+    const int lane = static_cast<int>(threadIdx.x % kWarp);
     int left = share.end - share.begin;
     Pipeline pipeline(p, share.begin, left, mine);
+    const Cursor& here = pipeline.here;
+    const auto segment_here = [&] { return 2 * (here.seq() * p.n_kv_heads + here.head()) + (here.exact() ? 1 : 0); };
+    // What the end wants to know, while the first copies are under way.
+    if (lane == 0) board.first[warp] = segment_here();
+    find_slots(UnitList(p), here.seq() * p.n_kv_heads + here.head(), p.batch * p.n_kv_heads - 1, board.slots[warp]);
     State state;
     for (;;) {
       state.reset();
-      const Cursor& here = pipeline.here;
       const bool exact = here.exact();
-      const int seq = here.seq();
-      const int head = here.head();
       const int n = min(left, here.left_of_kind());
-      const int segment = 2 * (seq * p.n_kv_heads + head) + (exact ? 1 : 0);
+      const int segment = segment_here();
       if (exact) pipeline.template attend<Exact>(n, state);
       else pipeline.template attend<Pages>(n, state);
       left -= n;
@@ -488,25 +595,18 @@ class PagedDecodeKernel {
         ptx::wait_copies<0>();
         __syncwarp();
         write_part(state, exact, reinterpret_cast<float2*>(mine), reinterpret_cast<float*>(mine + kHeads * 8), kPartRow);
-        return segment;
+        if (lane == 0) board.last[warp] = segment;
+        return;
       }
-      const WorkSplit split = work_split(p);
-      const Parts parts(p, split.blocks);
-      const int64_t slot = PartSlots::slot_of_open(p, split, segment);
+      const Parts parts(p, static_cast<int>(gridDim.x));
+      const int64_t slot = PartSlots::slot_of_open(UnitList(p), static_cast<int>(gridDim.x), segment);
       write_part(state, exact, parts.softmax + slot * kHeads, parts.out + slot * kHeads * kHeadDim, kHeadDim);
-      __syncwarp();
-      const PartSlots slots(p, split, seq, head);
-      int last = 0;
-      if (threadIdx.x % kWarp == 0) last = arrive(parts.counters + seq * p.n_kv_heads + head, slots.count());
-      if (__shfl_sync(kAllLanes, last, 0) == 0) continue;
-      __syncwarp();
-      for (int h = 0; h < p.n_q; ++h) merge_parts(p, parts, slots, seq, head, h);
     }
   }
 
   /// A warp's state as a part: maxima and sums, and outputs as [heads][row], in elements.
   static __device__ __forceinline__ void write_part(const State& state, bool exact, float2* softmax, float* out, int row) {
-    const int lane = static_cast<int>(threadIdx.x) % kWarp;
+    const int lane = static_cast<int>(threadIdx.x % kWarp);
 #pragma unroll
     for (int s = 0; s < kSets; ++s) {
       const float sum = sum_over_rows(state.sum[s]);
@@ -517,20 +617,16 @@ class PagedDecodeKernel {
   }
 
   /// Merges what `run` neighbouring warps from `first` on have of query head h into one part. One warp.
-  static __device__ void combine(const Parts& parts, const std::byte* first, int run, int64_t slot, int h) {
+  static __device__ __forceinline__ void combine(const Parts& parts, const std::byte* first, int run, int slot, int h) {
     using Merged = MergedHead<kHeadDim>;
-    Merged merged;
-#pragma unroll 4
-    for (int i = 0; i < run; ++i) {
-      const std::byte* const part = first + i * kWarpBytes;
-      const auto* const row = reinterpret_cast<const float4*>(part + kHeads * 8 + h * kPartRow * 4);
-      float4 chunks[Merged::kChunks];
+    static_assert(kWarps <= PartsOfHead::kMost);
+    const std::byte* const part = first + min(static_cast<int>(threadIdx.x % kWarp), run - 1) * kWarpBytes;
+    const Merged merged = add_parts<kHeadDim>(Merged(), {run, reinterpret_cast<const float2*>(part) + h,
+                                                         reinterpret_cast<const float4*>(part + kHeads * 8 + h * kPartRow * 4)});
+    const int64_t row = int64_t{slot} * kHeads + h;
 #pragma unroll
-      for (int c = 0; c < Merged::kChunks; ++c) chunks[c] = row[Merged::place(c)];
-      merged.add(reinterpret_cast<const float2*>(part)[h], chunks);
-    }
-    merged.write(parts.out + (slot * kHeads + h) * kHeadDim, 1.0F);
-    if (threadIdx.x % kWarp == 0) parts.softmax[slot * kHeads + h] = make_float2(merged.max, merged.sum);
+    for (int c = 0; c < Merged::kChunks; ++c) reinterpret_cast<float4*>(parts.out + row * kHeadDim)[Merged::place(c)] = merged.out[c];
+    if (threadIdx.x % kWarp == 0) parts.softmax[row] = make_float2(merged.max, merged.sum);
   }
 };
 

@@ -3,23 +3,27 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "kernels/attention/decode_attention.h"
+
 struct float2;
 struct uint2;
 struct uint4;
 
 namespace rotunda::kernels {
 
-/// What the pages' scores get back of a constant that was taken off the keys before RoPE: for every RoPE pair i in question and position
-/// n, a_i cos(n w_i) + b_i sin(n w_i), with a and b of the query. Device memory.
+/// What the pages' scores get back of a constant that was taken off the keys before RoPE: for every RoPE pair i in question and the
+/// position n = 128 page + j of a token, a_i cos(n w_i) + b_i sin(n w_i) with a and b of the query. That is a product of the turns of j
+/// and of a and b turned by the page, eight pairs a step, both as the tensor cores want them. Device memory.
 struct PagedShift {
   int n_steps = 0;  ///< eight pairs each; 0: nothing was taken off
-  const uint16_t* pairs = nullptr;  ///< [n_kv_heads][8 n_steps]
-  /// [batch][n_kv_heads * n_q][8 n_steps] a and b, softmax scale in; 0 where a head has fewer pairs
-  const float2* ab = nullptr;
-  const float* norm = nullptr;  ///< [batch][n_kv_heads * n_q] at least sqrt(a^2 + b^2) of every pair; 0 only where all are 0
-  /// [head_dim / 2][page_tokens] cos(j w_i) and sin(j w_i) in fp16, then what fp16 leaves over of them in fp16
-  const uint2* token_table = nullptr;
-  const float2* page_table = nullptr;  ///< [pages of the longest sequence][head_dim / 2] cos and sin at the page's first position
+  /// [n_kv_heads][n_steps][page_tokens / 16][2][32 lanes] left operands: cos and sin of the pairs at 16 places of a page in fp16, then
+  /// what fp16 leaves over of them. Rows g and g + 8 of operand 2 i + k are tokens 32 i + 4 g + 2 k and the next.
+  const uint4* turns = nullptr;
+  /// [batch][n_kv_heads][pages][n_steps][1 set of up to 4 query heads, or 2][32 lanes] right operands: of query head h, over its norm,
+  /// a and b turned by the page in column 2 h in fp16, and what that leaves over in column 2 h + 1.
+  const uint2* queries = nullptr;
+  int pages = 0;                ///< of a sequence, at most
+  const float* norm = nullptr;  ///< [batch][n_kv_heads * n_q]
 };
 
 /// What decode attention over keys that are packed before RoPE and rotated over groups of heads wants. Device memory.
@@ -77,11 +81,12 @@ struct PagedDecode {
   PagedShift shift = {};  ///< for codecs that know of it
 
   std::byte* workspace = nullptr;  ///< paged_decode_workspace_bytes; zeroed once when it is allocated
-  float* out = nullptr;            ///< [batch][n_kv_heads * n_q][head_dim]; values in the basis that they are stored in
+  void* out = nullptr;             ///< [batch][n_kv_heads * n_q][head_dim] of out_type; values in the basis that they are stored in
 
   PagedRotate rotate = {};  ///< for codecs that know of it
   /// Units that a block of exact tokens makes, for codecs whose kv head stands for several: one after the other. units_before counts one.
   int exact_pieces = 1;
+  ElementType out_type = ElementType::kFp32;
 };
 
 /// Units of one kv head of a sequence: pages in pieces of `unit_tokens`, from the piece that holds first_token on, then blocks of 16 exact

@@ -6,6 +6,7 @@
 
 #include "kernels/attention/paged_decode.cuh"
 #include "kernels/attention/plain_block.cuh"
+#include "kernels/cuda/launch.cuh"
 
 /// From run time to compile time, in one place for all codecs.
 namespace rotunda::kernels {
@@ -15,6 +16,8 @@ inline constexpr int kPagedTokens = 128;  ///< of a page
 /// Shared memory that a block may have on datacentre GPUs since Hopper, and on all since Ampere.
 inline constexpr int kLargeShared = 226 * 1024;
 inline constexpr int kSmallShared = 98 * 1024;
+/// Of it, for a warp, what is no stage: see PagedDecodeKernel::Board.
+inline constexpr int kBoardBytes = 160;
 
 template <typename Kernel>
 __global__ void __launch_bounds__(Kernel::kThreads, 1) paged_decode_kernel(const __grid_constant__ PagedDecode p) {
@@ -27,8 +30,12 @@ __global__ void __launch_bounds__(Kernel::kThreads, 1) paged_decode_kernel(const
 #else
   constexpr bool kHere = true;
 #endif
-  if constexpr (kHere) Kernel::run(p, shared);
-  else __trap();
+  if constexpr (kHere) {
+    ptx::wait_for_launches_before();
+    Kernel::run(p, shared);
+  } else {
+    __trap();
+  }
 }
 
 /// A codec's kernel with as many warps as shared memory has room for.
@@ -37,7 +44,7 @@ template <template <int> typename Pages, int kHeadDim, int kSets, int kStages, b
 struct SizedKernel {
   using Exact = PlainBlock<__half, kHeadDim, kSets, false, kPagedTokens>;
   static constexpr int kUnitBytes = Pages<kSets>::kStageBytes > Exact::kStageBytes ? Pages<kSets>::kStageBytes : Exact::kStageBytes;
-  static constexpr int kFit = (kLargeSize ? kLargeShared : kSmallShared) / (kStages * kUnitBytes);
+  static constexpr int kFit = (kLargeSize ? kLargeShared : kSmallShared) / (kStages * kUnitBytes + kBoardBytes);
   static constexpr int kMost = Pages<kSets>::kMaxWarps < Exact::kMaxWarps ? Pages<kSets>::kMaxWarps : Exact::kMaxWarps;
   static constexpr int kWarps = kFit < kMost ? kFit : kMost;
   static_assert(kWarps >= 1);
@@ -69,8 +76,7 @@ cudaError_t run_task(PagedTask task, const PagedDecode& p, PagedDecodeGrid& grid
     grid = {processors * per_processor, Kernel::kThreads / kWarp, Kernel::kLarge};
     return cudaSuccess;
   }
-  kernel<<<static_cast<unsigned>(grid.blocks), Kernel::kThreads, Kernel::kSharedBytes, stream>>>(p);
-  return cudaGetLastError();
+  return launch_overlapped(kernel, grid.blocks, Kernel::kThreads, Kernel::kSharedBytes, stream, p);
 }
 
 /// @return cudaErrorInvalidValue where n_q is not 1 to 8 or pages have 2^31 bytes or more

@@ -30,7 +30,7 @@ struct PlainBlock {
   };
 
   static __device__ Query load_query(const PagedDecode& p, int seq, int head) {
-    const int lane = static_cast<int>(threadIdx.x) % kWarp;
+    const int lane = static_cast<int>(threadIdx.x % kWarp);
     const int g = lane / 4;
     const int t = lane % 4;
     Query query;
@@ -59,30 +59,32 @@ struct PlainBlock {
 
   template <bool kValues>
   static __device__ __forceinline__ void copy(const PagedDecode& p, std::byte* stage, const UnitAt& at) {
-    const int lane = static_cast<int>(threadIdx.x) % kWarp;
+    const int lane = static_cast<int>(threadIdx.x % kWarp);
     const int blocks = kOfPage ? kPageTokens / 16 : p.exact_blocks;
     const int64_t block = (int64_t{at.head} + (kValues ? p.n_kv_heads * kHeads : 0)) * blocks + at.piece;
     const std::byte* const from = at.bytes + block * kStageBytes;
+    constexpr int kRow = kHeadDim / 8;
+    const int first = kValues ? value_place(lane / kRow, lane % kRow) : key_place(lane);
 #pragma unroll
     for (int i = 0; i < kStageBytes / 16 / kWarp; ++i) {
-      const int piece = i * kWarp + lane;
-      const int place = kValues ? value_place(piece / (kHeadDim / 8), piece % (kHeadDim / 8)) : key_place(piece);
-      ptx::copy_16_async(stage + 16 * place, from + 16 * piece);
+      // The places of (32 i + lane): what i brings in changes no other bit.
+      const int place = i * kWarp + (kValues ? first ^ (i * (kWarp / kRow) & 7) : first);
+      ptx::copy_16_async(stage + 16 * place, from + 16 * (i * kWarp + lane));
     }
   }
 
   static __device__ __forceinline__ Weights attend_keys(const PagedDecode&, const std::byte* stage, const UnitAt& at, const Query& query,
                                                         State& state) {
-    const int lane = static_cast<int>(threadIdx.x) % kWarp;
+    const int lane = static_cast<int>(threadIdx.x % kWarp);
     const int g = lane / 4;
     const int matrix = lane / 8;
     const int row = lane % 8;
     float scores[kSets][4] = {};
+    const std::byte* const keys = stage + 16 * key_place(2 * (matrix / 2 * 8 + row) + matrix % 2);
 #pragma unroll
     for (int k = 0; k < kSteps; ++k) {
       uint32_t a[4];
-      const int channel = 16 * k + matrix / 2 * 8 + row;
-      ptx::load_matrices_transposed(a, stage + 16 * key_place(2 * channel + matrix % 2));
+      ptx::load_matrices_transposed(a, keys + 16 * 32 * k);
 #pragma unroll
       for (int s = 0; s < kSets; ++s) ptx::mma(scores[s], a, query.b[s][k][0], query.b[s][k][1], T());
     }
@@ -108,13 +110,14 @@ struct PlainBlock {
   }
 
   static __device__ __forceinline__ void add_values(const std::byte* stage, const Weights& weights, State& state) {
-    const int lane = static_cast<int>(threadIdx.x) % kWarp;
+    const int lane = static_cast<int>(threadIdx.x % kWarp);
     const int matrix = lane / 8;
     const int row = lane % 8;
+    const int first = value_place(matrix / 2 * 8 + row, matrix % 2);
 #pragma unroll
     for (int k = 0; k < kSteps; ++k) {
       uint32_t a[4];
-      ptx::load_matrices_transposed(a, stage + 16 * value_place(matrix / 2 * 8 + row, 2 * k + matrix % 2));
+      ptx::load_matrices_transposed(a, stage + 16 * (first ^ 2 * k));
 #pragma unroll
       for (int s = 0; s < kSets; ++s) {
         float sum[4] = {};
@@ -132,7 +135,7 @@ struct PlainBlock {
   }
 
   static __device__ __forceinline__ void write_out(const State& state, float* to, int row) {
-    const int lane = static_cast<int>(threadIdx.x) % kWarp;
+    const int lane = static_cast<int>(threadIdx.x % kWarp);
     const int g = lane / 4;
     const int t = lane % 4;
 #pragma unroll

@@ -99,6 +99,11 @@ __device__ __forceinline__ void copy_16_async(void* to, const void* from) {
   const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from) : "memory");
 }
+/// The same with 8 bytes, by way of L1.
+__device__ __forceinline__ void copy_8_async(void* to, const void* from) {
+  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(address), "l"(from) : "memory");
+}
 /// Closes the group of this thread's copies so far.
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 /// Waits until at most kPending of this thread's newest groups are under way.
@@ -107,11 +112,38 @@ __device__ __forceinline__ void wait_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-/// Adds one to a counter in global memory. What this thread's block wrote before its last barrier is seen by whoever reads the sum here.
-__device__ __forceinline__ int add_one(int* counter) {
+/// Adds to a counter in global memory. What this thread's block wrote before its last barrier is seen by whoever reads the sum here.
+__device__ __forceinline__ int add(int* counter, int more) {
   int before;
-  asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
+  asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], %2;" : "=r"(before) : "l"(counter), "r"(more) : "memory");
   return before;
+}
+
+/// Reads shared memory, or global memory that other blocks may have written: past L1.
+__device__ __forceinline__ float2 load_shared_by_all(const float2* from) {
+  float2 x;
+  asm volatile("ld.relaxed.gpu.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "l"(from) : "memory");
+  return x;
+}
+__device__ __forceinline__ float4 load_shared_by_all(const float4* from) {
+  float4 x;
+  asm volatile("ld.relaxed.gpu.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w) : "l"(from) : "memory");
+  return x;
+}
+
+/// Waits until the launches before this one on its stream are done and what they wrote is seen: the beginning of a kernel that
+/// launch_overlapped() launches.
+__device__ __forceinline__ void wait_for_launches_before() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+/// 1 / x to 23 bits.
+__device__ __forceinline__ float reciprocal_approximate(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
 }
 
 /// 2^x; 0 for -inf.

@@ -41,6 +41,14 @@ __device__ __forceinline__ float round_to(float x) {
   return x;
 }
 
+/// Four floats as T, the first in the lowest half.
+template <typename T>
+__device__ __forceinline__ uint2 four_of(float4 x) {
+  using Convert = SixteenBit<T>;
+  return make_uint2(Convert::bits(Convert::round(x.x)) | Convert::bits(Convert::round(x.y)) << 16,
+                    Convert::bits(Convert::round(x.z)) | Convert::bits(Convert::round(x.w)) << 16);
+}
+
 /// Two floats as T side by side, the first in the low half, or what T leaves over of them.
 template <typename T>
 __device__ __forceinline__ uint32_t pack_two(float x, float y, bool rest) {

@@ -2,6 +2,8 @@
 #include <limits>
 
 #include "kernels/cuda/element_type.cuh"
+#include "kernels/cuda/launch.cuh"
+#include "kernels/cuda/ptx.cuh"
 #include "kernels/nn/nn.cuh"
 #include "kernels/nn/nn_cuda.h"
 
@@ -14,11 +16,13 @@ constexpr int kThreads = 256;
 template <typename T, int kSize, int kOfBlock>
 __global__ void __launch_bounds__(kOfBlock) rms_norm_kernel(const RmsNorm p) {
   __shared__ float of_warps[RmsNormBlock<T, kSize, kOfBlock>::kWarps];
+  ptx::wait_for_launches_before();
   RmsNormBlock<T, kSize, kOfBlock>::run(p, of_warps);
 }
 
 template <typename T, int kSize>
 __global__ void __launch_bounds__(kThreads) swiglu_kernel(const Swiglu p) {
+  ptx::wait_for_launches_before();
   SwigluBlock<T, kSize, kThreads>::run(p);
 }
 
@@ -48,12 +52,8 @@ cudaError_t rms_norm_cuda(const RmsNorm& p, ElementType type, cudaStream_t strea
   return dispatch(type, vectors, [&]<typename T, int kSize>() {
     const auto blocks = static_cast<unsigned>(p.n_rows);
     constexpr int kWarp = 32;
-    if (p.row_size <= kWarp * kSize) {  // a head
-      rms_norm_kernel<T, kSize, kWarp><<<blocks, kWarp, 0, stream>>>(p);
-    } else {
-      rms_norm_kernel<T, kSize, kThreads><<<blocks, kThreads, 0, stream>>>(p);
-    }
-    return cudaGetLastError();
+    if (p.row_size <= kWarp * kSize) return launch_overlapped(&rms_norm_kernel<T, kSize, kWarp>, blocks, kWarp, 0, stream, p);  // a head
+    return launch_overlapped(&rms_norm_kernel<T, kSize, kThreads>, blocks, kThreads, 0, stream, p);
   });
 }
 
@@ -64,8 +64,7 @@ cudaError_t swiglu_cuda(const Swiglu& p, ElementType type, cudaStream_t stream) 
   return dispatch(type, vectors, [&]<typename T, int kSize>() {
     const int64_t blocks = (p.n_rows * (p.row_size / kSize) + kThreads - 1) / kThreads;
     if (!fits_grid(blocks)) return cudaErrorInvalidValue;
-    swiglu_kernel<T, kSize><<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(p);
-    return cudaGetLastError();
+    return launch_overlapped(&swiglu_kernel<T, kSize>, static_cast<unsigned>(blocks), kThreads, 0, stream, p);
   });
 }
 

@@ -25,11 +25,12 @@ using ops::on_gpu;
 constexpr int kShiftStep = 8;  // pairs that the decode kernel takes at once
 
 
-// Which pairs of a layer are shifted, as PagedShift and HouseQueries have them.
+// Which pairs of a layer are shifted, as PagedShift and ShiftQueries have them.
 struct ShiftedPairs {
   int n_steps = 0;
   at::Tensor pairs;    // [n_kv_heads, 8 n_steps] int16
   at::Tensor n_pairs;  // [n_kv_heads] int32
+  at::Tensor turns;    // [n_kv_heads, n_steps, page_tokens / 16, 2, 32, 8] fp16: PagedShift::turns
 };
 
 ShiftedPairs shifted_pairs(const LayerTables& tables) {
@@ -131,43 +132,42 @@ class HouseCodecCuda final : public PageCodecCuda {
     return grid;
   }
 
+  bool rotates_queries() const override { return true; }
+
   void decode(int layer, kernels::PagedDecode params, const kernels::PagedDecodeGrid& grid) const override {
-    const int64_t rows = int64_t{params.batch} * params.n_kv_heads * params.n_q;
-    const at::Tensor rotated = at::empty({rows, params.head_dim}, on_gpu(at::kFloat));
-    HouseQueries queries;
-    queries.batch = params.batch;
-    queries.n_kv_heads = params.n_kv_heads;
-    queries.n_q = params.n_q;
-    queries.head_dim = params.head_dim;
-    queries.q = params.q_exact;
-    queries.rotated = rotated.mutable_data_ptr<float>();
     const ShiftedPairs& shifted = pairs_[layer];
-    at::Tensor ab, norm;
+    at::Tensor operands, norm;
     if (shifted.n_steps > 0) {
       ROTUNDA_CHECK(params.table_stride <= page_turns_.size(0), "rotunda on cuda: room for ", params.table_stride * layout_.page_tokens(),
                     " tokens in a sequence, expected at most ", kMaxShiftedPositions, " where keys are shifted (shift=none has no limit)");
-      ab = at::empty({rows, int64_t{shifted.n_steps} * kShiftStep, 2}, on_gpu(at::kFloat));
-      norm = at::empty({rows}, on_gpu(at::kFloat));
+      const int64_t heads = int64_t{params.batch} * params.n_kv_heads;
+      const int sets = params.n_q <= 4 ? 1 : 2;
+      operands = at::empty({heads * params.table_stride * shifted.n_steps * sets, 32, 2}, on_gpu(at::kInt));
+      norm = at::empty({heads * params.n_q}, on_gpu(at::kFloat));
+      ShiftQueries queries;
+      queries.batch = params.batch;
+      queries.n_kv_heads = params.n_kv_heads;
+      queries.n_q = params.n_q;
+      queries.head_dim = params.head_dim;
+      queries.q = params.q_exact;
       queries.n_steps = shifted.n_steps;
       queries.shift = shift_[layer].const_data_ptr<float>();
       queries.pairs = reinterpret_cast<const uint16_t*>(shifted.pairs.const_data_ptr<int16_t>());
       queries.n_pairs = shifted.n_pairs.const_data_ptr<int32_t>();
-      queries.ab = reinterpret_cast<float2*>(ab.mutable_data_ptr<float>());
+      queries.page_table = reinterpret_cast<const float2*>(page_turns_.const_data_ptr<float>());
+      queries.stored_len = params.stored_len;
+      queries.first_token = params.first_token;
+      queries.pages = params.table_stride;
+      queries.queries = reinterpret_cast<uint2*>(operands.mutable_data_ptr<int32_t>());
       queries.norm = norm.mutable_data_ptr<float>();
-      params.shift = {shifted.n_steps,
-                      queries.pairs,
-                      queries.ab,
-                      queries.norm,
-                      reinterpret_cast<const uint2*>(token_turns_.const_data_ptr()),
-                      reinterpret_cast<const float2*>(page_turns_.const_data_ptr<float>())};
+      check_launch(shift_query_cuda(queries, current_stream()), "shift_query");
+      params.shift = {shifted.n_steps, static_cast<const uint4*>(shifted.turns.const_data_ptr()), queries.queries, queries.pages, queries.norm};
     }
-    check_launch(house_query_cuda(queries, current_stream()), "house_query");
-    params.q_pages = queries.rotated;
     check_launch(house_decode_cuda(params, layout_.key_bits, layout_.value_bits, grid, current_stream()), "house_decode");
   }
 
  private:
-  // PagedShift's tables. Frequencies are those of a short sequence also under `dynamic` RoPE, as in the cache on the CPU.
+  // The tables of a shift. Frequencies are those of a short sequence also under `dynamic` RoPE, as in the cache on the CPU.
   void make_turns(const KvModel& model) {
     const std::vector<double> inv_freq = model.rope.inv_freq(0);
     inv_freq_ = at::tensor(inv_freq, at::kDouble).to(at::kCUDA);
@@ -175,8 +175,8 @@ class HouseCodecCuda final : public PageCodecCuda {
     page_turns_ = at::stack(turns(pages), 2).contiguous();
     const at::Tensor tokens =
         at::stack(turns(at::arange(layout_.page_tokens(), on_gpu(at::kDouble))), 2).transpose(0, 1);  // [d / 2, tokens, 2]
-    const at::Tensor rounded = tokens.to(at::kHalf);
-    token_turns_ = at::cat({rounded, (tokens - rounded.to(at::kFloat)).to(at::kHalf)}, 2).contiguous();
+    for (ShiftedPairs& of_layer : pairs_)
+      if (of_layer.n_steps > 0) of_layer.turns = shift_operands(tokens.index_select(0, of_layer.pairs.flatten().to(at::kLong)), of_layer.n_steps);
   }
 
   // cos and sin at positions [T]: [T, d / 2] fp32 each, no attention factor, which the shift has in it.
@@ -209,10 +209,17 @@ class HouseCodecCuda final : public PageCodecCuda {
   // Undefined where no layer has a shift:
   at::Tensor inv_freq_;     // [d / 2] fp64
   at::Tensor page_turns_;   // [pages, d / 2, 2] fp32 cos and sin of each page's first position
-  at::Tensor token_turns_;  // [d / 2, page_tokens, 4] fp16: cos and sin, and what fp16 leaves over of them
 };
 
 }  // namespace
+
+at::Tensor shift_operands(const at::Tensor& turns, int64_t n_steps) {
+  const at::Tensor number = turns.to(at::kHalf);
+  const at::Tensor both = at::stack({number, (turns - number.to(at::kFloat)).to(at::kHalf)});
+  // Register 2 i + r of lane 4 g + t is pair 4 i + t at token 32 tile + 4 g + 2 k + r.
+  //                                      number or rest, head, step, i, t, tile, g, k, r, cos and sin
+  return both.view({2, -1, n_steps, 2, 4, 4, 8, 2, 2, 2}).permute({1, 2, 5, 7, 0, 6, 4, 3, 8, 9}).reshape({-1, n_steps, 8, 2, 32, 8});
+}
 
 std::unique_ptr<PageCodecCuda> make_house_codec_cuda(const KvModel& model, const HouseOptions& options, const ops::TensorBundle& setup) {
   return std::make_unique<HouseCodecCuda>(model, options, setup);

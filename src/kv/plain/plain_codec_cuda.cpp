@@ -15,11 +15,7 @@ namespace {
 using ops::check_launch;
 using ops::current_stream;
 using ops::element_type;
-
-
-at::ScalarType scalar_type(kernels::ElementType type) {
-  return type == kernels::ElementType::kFp32 ? at::kFloat : type == kernels::ElementType::kFp16 ? at::kHalf : at::kBFloat16;
-}
+using ops::scalar_type;
 
 class PlainCodecCuda final : public PageCodecCuda {
  public:

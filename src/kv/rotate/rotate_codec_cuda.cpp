@@ -22,6 +22,7 @@ namespace {
 using ops::check_launch;
 using ops::current_stream;
 using ops::element_type;
+using ops::scalar_type;
 
 // [n_layers, kv_channels] int16, bits of uint16, on the GPU.
 at::Tensor to_gpu(const std::vector<std::vector<uint16_t>>& tables) {
@@ -154,18 +155,18 @@ class RotateCodecCuda final : public PageCodecCuda {
     const int n_q = p.n_q;
     const at::TensorOptions on_gpu = key_matrix_.options();
     at::Tensor exact = at::from_blob(const_cast<float*>(p.q_exact), {heads, n_q, p.head_dim}, on_gpu);
-    at::Tensor out = at::from_blob(p.out, {heads, n_q, p.head_dim}, on_gpu);
+    at::Tensor out = at::from_blob(p.out, {heads, n_q, p.head_dim}, on_gpu.dtype(scalar_type(p.out_type)));
     at::Tensor padded_out = out;
     if (n_q < kRotateQueries) {
       exact = at::constant_pad_nd(exact, {0, 0, 0, kRotateQueries - n_q});
-      padded_out = at::empty_like(exact);
+      padded_out = at::empty(exact.sizes(), out.options());
       p.n_q = kRotateQueries;
     }
     const double factor = model_.rope.attention_factor();
     const at::Tensor pages = factor == 1.0 ? exact : exact * factor;
     p.q_exact = exact.const_data_ptr<float>();
     p.q_pages = pages.const_data_ptr<float>();
-    p.out = padded_out.mutable_data_ptr<float>();
+    p.out = padded_out.mutable_data_ptr();
     check_launch(rotate_decode_cuda(p, grid, current_stream()), "rotate_decode");
     if (n_q < kRotateQueries) out.copy_(padded_out.narrow(1, 0, n_q));
   }

@@ -189,6 +189,8 @@ TEST_F(HouseCodecGpuTest, DecodeAttendsToWhatLoadGivesShifted) {
     p.n_q = model_.n_heads / model_.n_kv_heads;
     p.head_dim = model_.head_dim;
     p.q_exact = q.const_data_ptr<float>();
+    const at::Tensor rotated = at::matmul(q, hadamard_matrix(model_.head_dim, at::kFloat).to(at::kCUDA));
+    p.q_pages = rotated.const_data_ptr<float>();
     p.pool = pages().pool + layer * codec_->layer_bytes();
     p.page_bytes = stride();
     p.block_table = table.const_data_ptr<int32_t>();

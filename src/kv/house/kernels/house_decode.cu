@@ -1,6 +1,7 @@
+#include "kernels/cuda/launch.cuh"
 #include "kv/house/kernels/house_decode_cuda.h"
 #include "kv/house/kernels/house_decode_dispatch.cuh"
-#include "kv/house/kernels/house_query.cuh"
+#include "kv/house/kernels/shift_query.cuh"
 
 namespace rotunda::kv::house {
 
@@ -18,9 +19,10 @@ cudaError_t dispatch(kernels::PagedTask task, const PagedDecode& p, int key_bits
 
 constexpr int kQueryWarps = 4;
 
-template <int kHeadDim>
-__global__ void __launch_bounds__(kQueryWarps * kernels::kWarp) query_kernel(const __grid_constant__ HouseQueries p) {
-  house_query_warps<kHeadDim>(p, kQueryWarps);
+template <int kHeadDim, int kSets>
+__global__ void __launch_bounds__(kQueryWarps * kernels::kWarp) shift_query_kernel(const __grid_constant__ ShiftQueries p) {
+  kernels::ptx::wait_for_launches_before();
+  shift_query_warp<kHeadDim, kSets>(p, static_cast<int>(blockIdx.x) * kQueryWarps + static_cast<int>(threadIdx.x / kernels::kWarp));
 }
 
 }  // namespace
@@ -35,16 +37,17 @@ cudaError_t house_decode_cuda(const PagedDecode& params, int key_bits, int value
   return dispatch(kernels::PagedTask::kLaunch, params, key_bits, value_bits, same, stream);
 }
 
-cudaError_t house_query_cuda(const HouseQueries& params, cudaStream_t stream) {
-  const int rows = params.batch * params.n_kv_heads * params.n_q;
-  const auto kernel = params.head_dim == 64    ? &query_kernel<64>
-                      : params.head_dim == 128 ? &query_kernel<128>
-                      : params.head_dim == 256 ? &query_kernel<256>
+cudaError_t shift_query_cuda(const ShiftQueries& params, cudaStream_t stream) {
+  if (params.n_q < 1 || params.n_q > 8) return cudaErrorInvalidValue;
+  const bool wide = params.n_q > 4;
+  const auto kernel = params.head_dim == 64    ? wide ? &shift_query_kernel<64, 2> : &shift_query_kernel<64, 1>
+                      : params.head_dim == 128 ? wide ? &shift_query_kernel<128, 2> : &shift_query_kernel<128, 1>
+                      : params.head_dim == 256 ? wide ? &shift_query_kernel<256, 2> : &shift_query_kernel<256, 1>
                                                : nullptr;
   if (kernel == nullptr) return cudaErrorInvalidValue;
-  if (rows == 0) return cudaSuccess;
-  kernel<<<static_cast<unsigned>((rows + kQueryWarps - 1) / kQueryWarps), kQueryWarps * kernels::kWarp, 0, stream>>>(params);
-  return cudaGetLastError();
+  const int warps = shift_query_warps(params.batch, params.n_kv_heads, params.pages);
+  if (warps == 0) return cudaSuccess;
+  return kernels::launch_overlapped(kernel, (warps + kQueryWarps - 1) / kQueryWarps, kQueryWarps * kernels::kWarp, 0, stream, params);
 }
 
 }  // namespace rotunda::kv::house

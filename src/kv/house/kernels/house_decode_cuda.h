@@ -3,7 +3,7 @@
 #include <cuda_runtime_api.h>
 
 #include "kernels/attention/paged_decode.h"
-#include "kv/house/kernels/house_query_params.h"
+#include "kv/house/kernels/shift_query_params.h"
 #include "kv/house/kernels/house_unit.h"
 
 namespace rotunda::kv::house {
@@ -18,8 +18,8 @@ cudaError_t house_decode_grid(const kernels::PagedDecode& shape, int key_bits, i
 cudaError_t house_decode_cuda(const kernels::PagedDecode& params, int key_bits, int value_bits, const kernels::PagedDecodeGrid& grid,
                               cudaStream_t stream);
 
-/// Rotates the queries of a step and reckons their part of the shift, once a layer, before house_decode_cuda. Async on `stream`.
-/// @return cudaErrorInvalidValue unless head_dim is 64, 128 or 256
-cudaError_t house_query_cuda(const HouseQueries& params, cudaStream_t stream);
+/// Reckons the queries' part of the shift, once a layer, before house_decode_cuda. Async on `stream`.
+/// @return cudaErrorInvalidValue unless head_dim is 64, 128 or 256 and n_q 1 to 8
+cudaError_t shift_query_cuda(const ShiftQueries& params, cudaStream_t stream);
 
 }  // namespace rotunda::kv::house

@@ -42,8 +42,11 @@ struct HousePageCodec {
   static constexpr int kWeightWords = kUnitTokens / 4 * 10;  // of the weights in transit, see weight_place
   /// They take the place of the keys' codes, which have been read by then, and of more where there is too little room.
   static constexpr int kScalesAt = kSets * kWeightWords * 4 <= kKeyBytes ? kKeyBytes : kSets * kWeightWords * 4;
-  static constexpr int kStageBytes =
-      ((kScalesAt + 2 * kScaleBytes > kValueBytes ? kScalesAt + 2 * kScaleBytes : kValueBytes) + 127) / 128 * 128;
+  /// Of a shift the right operands of the first step, behind the scales.
+  static constexpr int kShiftAt = kScalesAt + 2 * kScaleBytes;
+  static constexpr int kShiftBytes = kSets * kWarp * 8;
+  static constexpr int kKeyStageBytes = kShiftAt + kShiftBytes;
+  static constexpr int kStageBytes = ((kKeyStageBytes > kValueBytes ? kKeyStageBytes : kValueBytes) + 127) / 128 * 128;
   static constexpr int kMaxWarps = kSets == 2 || kHeadDim > 128 ? 8 : 16;
   static constexpr int kKeyRow = static_cast<int>(layout().key_words()) * 4;  // 16-byte pieces of a block's keys
   static constexpr int kValueRow = kHeadDim / 4;                              // 16-byte pieces of a row of values
@@ -99,7 +102,7 @@ struct HousePageCodec {
   };
 
   static __device__ Query load_query(const PagedDecode& p, int seq, int head) {
-    const int lane = static_cast<int>(threadIdx.x) % kWarp;
+    const int lane = static_cast<int>(threadIdx.x % kWarp);
     const int g = lane / 4;
     const int t = lane % 4;
     constexpr int kGroup = kGroups<kKeyBits>;
@@ -166,10 +169,15 @@ struct HousePageCodec {
   }
   static __device__ __forceinline__ int value_place(int row, int piece) { return row * kValueRow + (piece ^ value_reader(row) << 1); }
 
-  /// Scales, of keys and of values, come with the keys.
+  /// Right operands of the shift for a unit's page.
+  static __device__ __forceinline__ const uint2* shift_queries(const PagedDecode& p, const UnitAt& at) {
+    return p.shift.queries + ((int64_t{at.seq} * p.n_kv_heads + at.head) * p.shift.pages + at.page) * p.shift.n_steps * (kSets * kWarp);
+  }
+
+  /// Scales, of keys and of values, come with the keys, and so do the right operands of a shift's first step.
   template <bool kValues>
-  static __device__ __forceinline__ void copy(const PagedDecode&, std::byte* stage, const UnitAt& at) {
-    const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  static __device__ __forceinline__ void copy(const PagedDecode& p, std::byte* stage, const UnitAt& at) {
+    const int lane = static_cast<int>(threadIdx.x % kWarp);
     const std::byte* const head = at.bytes + int64_t{at.head} * kHeadBytes;
     constexpr int kKeyPieces = kKeyBytes / 16;
     constexpr int kValuePieces = kValueBytes / 16;
@@ -192,6 +200,7 @@ struct HousePageCodec {
         const int place = at.piece * kScalePieces + lane + (lane < kScalePieces ? 0 : (kUnits - 1) * kScalePieces);
         ptx::copy_16_async(stage + kScalesAt + 16 * lane, head + kUnits * (kKeyBytes + kValueBytes) + 16 * place);
       }
+      if (p.shift.n_steps > 0 && lane < kShiftBytes / 16) ptx::copy_16_async(stage + kShiftAt + 16 * lane, shift_queries(p, at) + 2 * lane);
     }
   }
 
@@ -213,70 +222,48 @@ struct HousePageCodec {
   static constexpr int kTiles = kUnitTokens / 32;
   static constexpr int kHalves = kUnitTokens / 64;
 
-  /// Adds what the shift took away from the scores: a product of a table of turns [tokens][cos and sin of 8 pairs] and the query's a and b,
-  /// turned by the page's first position. Both in fp16 twice, the number and what is left over: 22 bits.
-  static __device__ __forceinline__ void shift_scores(const PagedDecode& p, const UnitAt& at, float (&scores)[kSets][kTiles][4]) {
-    const int lane = static_cast<int>(threadIdx.x) % kWarp;
-    const int g = lane / 4;
+  /// Adds what the shift took away from the scores: see PagedShift. Numbers in fp16 twice make 22 bits.
+  static __device__ __forceinline__ void shift_scores(const PagedDecode& p, const std::byte* stage, const UnitAt& at,
+                                                      float (&scores)[kSets][kTiles][4]) {
+    const int lane = static_cast<int>(threadIdx.x % kWarp);
     const int t = lane % 4;
-    const uint16_t* const pairs = p.shift.pairs + at.head * p.shift.n_steps * 8;
-    const float2* const turns = p.shift.page_table + int64_t{at.page} * (kHeadDim / 2);
-    const float2* ab_of[kSets];  // of column g's head; null where there is none
-    float inverse[kSets];        // of column g's head: brings a and b below 1
-    float scale[kSets];          // of head t: takes it back, in log 2
+    float scale[kSets];  // of head t, in log 2
 #pragma unroll
-    for (int s = 0; s < kSets; ++s) {
-      const int h = 4 * s + g / 2;
-      const int64_t row = (int64_t{at.seq} * p.n_kv_heads + at.head) * p.n_q + h;
-      const float norm = h < p.n_q ? p.shift.norm[row] : 0.0F;
-      ab_of[s] = h < p.n_q ? p.shift.ab + row * p.shift.n_steps * 8 : nullptr;
-      inverse[s] = norm > 0 ? 1.0F / norm : 0.0F;
-      scale[s] = __shfl_sync(kAllLanes, norm, 8 * t) * kLog2e;
-    }
+    for (int s = 0; s < kSets; ++s)
+      scale[s] = 4 * s + t < p.n_q ? p.shift.norm[(int64_t{at.seq} * p.n_kv_heads + at.head) * p.n_q + 4 * s + t] * kLog2e : 0.0F;
+    constexpr int kOperands = kUnitTokens / 16;
+    const uint4* turns = p.shift.turns + (at.head * p.shift.n_steps * kUnits + at.piece) * (2 * kOperands * kWarp) + lane;
+    const uint2* of_first = reinterpret_cast<const uint2*>(stage + kShiftAt);
     for (int step = 0; step < p.shift.n_steps; ++step) {
-      uint32_t b[kSets][2];
-      const uint2* rows[2];
+      const uint2* const queries = (step == 0 ? of_first : shift_queries(p, at) + step * (kSets * kWarp)) + lane;
+      uint2 b[kSets];
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int pair = pairs[8 * step + 4 * i + t];
-        rows[i] = p.shift.token_table + pair * kPageTokens + at.piece * kUnitTokens + 4 * g;
-        const float2 turn = turns[pair];
+      for (int s = 0; s < kSets; ++s) b[s] = queries[s * kWarp];
+#pragma unroll
+      for (int i = 0; i < kOperands; ++i) {
+        const uint4 number = turns[2 * i * kWarp];
+        const uint4 rest = turns[(2 * i + 1) * kWarp];
+        const uint32_t numbers[4] = {number.x, number.y, number.z, number.w};
+        const uint32_t rests[4] = {rest.x, rest.y, rest.z, rest.w};
 #pragma unroll
         for (int s = 0; s < kSets; ++s) {
-          const float2 ab = ab_of[s] == nullptr ? make_float2(0, 0) : ab_of[s][8 * step + 4 * i + t];
-          const float turned_a = (ab.x * turn.x + ab.y * turn.y) * inverse[s];
-          const float turned_b = (ab.y * turn.x - ab.x * turn.y) * inverse[s];
-          b[s][i] = kernels::pack_two<__half>(turned_a, turned_b, g % 2 != 0);
-        }
-      }
+          float sum[4] = {};
+          ptx::mma(sum, numbers, b[s].x, b[s].y, __half());
+          ptx::mma(sum, rests, b[s].x, b[s].y, __half());
 #pragma unroll
-      for (int tile = 0; tile < kTiles; ++tile) {
-#pragma unroll
-        for (int pair = 0; pair < 2; ++pair) {
-          // Tokens 4 g + 2 pair and the next: number and rest of each.
-          const uint4 first = *reinterpret_cast<const uint4*>(rows[0] + 32 * tile + 2 * pair);
-          const uint4 second = *reinterpret_cast<const uint4*>(rows[1] + 32 * tile + 2 * pair);
-          const uint32_t numbers[4] = {first.x, first.z, second.x, second.z};
-          const uint32_t rests[4] = {first.y, first.w, second.y, second.w};
-#pragma unroll
-          for (int s = 0; s < kSets; ++s) {
-            float sum[4] = {};
-            ptx::mma(sum, numbers, b[s][0], b[s][1], __half());
-            ptx::mma(sum, rests, b[s][0], b[s][1], __half());
-#pragma unroll
-            for (int r = 0; r < 2; ++r) {
-              float& score = scores[s][tile][2 * pair + r];
-              score = fmaf(sum[2 * r] + sum[2 * r + 1], scale[s], score);
-            }
+          for (int r = 0; r < 2; ++r) {
+            float& score = scores[s][i / 2][i % 2 * 2 + r];
+            score = fmaf(sum[2 * r] + sum[2 * r + 1], scale[s], score);
           }
         }
       }
+      turns += kUnits * 2 * kOperands * kWarp;
     }
   }
 
   /// Adds the scores of the lane's tokens 32 tile + 4 g + r and head t, in log 2.
   static __device__ __forceinline__ void score(const std::byte* stage, const Query& query, float (&scores)[kSets][kTiles][4]) {
-    const int lane = static_cast<int>(threadIdx.x) % kWarp;
+    const int lane = static_cast<int>(threadIdx.x % kWarp);
     const int g = lane / 4;
     const int t = lane % 4;
     // A place moves along by multiples of 16 pieces, by 8 with its second bit turned.
@@ -327,7 +314,7 @@ struct HousePageCodec {
   /// Takes tokens out that are not attended.
   static __device__ __forceinline__ void mask(const UnitAt& at, float (&scores)[kSets][kTiles][4]) {
     if (at.masks == nullptr && at.tokens >= kUnitTokens && at.first <= 0) return;
-    const int g = static_cast<int>(threadIdx.x) % kWarp / 4;
+    const int g = static_cast<int>(threadIdx.x % kWarp) / 4;
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
       const int first = 32 * tile + 4 * g;
@@ -353,12 +340,12 @@ struct HousePageCodec {
 
   static __device__ __forceinline__ Weights attend_keys(const PagedDecode& p, std::byte* stage, const UnitAt& at, const Query& query,
                                                         State& state) {
-    const int lane = static_cast<int>(threadIdx.x) % kWarp;
+    const int lane = static_cast<int>(threadIdx.x % kWarp);
     const int g = lane / 4;
     const int t = lane % 4;
     float scores[kSets][kTiles][4] = {};
     // First, while few registers are taken.
-    if (p.shift.n_steps > 0) shift_scores(p, at, scores);
+    if (p.shift.n_steps > 0) shift_scores(p, stage, at, scores);
     score(stage, query, scores);
     mask(at, scores);
 
@@ -433,7 +420,7 @@ struct HousePageCodec {
   }
 
   static __device__ __forceinline__ void add_values(const std::byte* values, const Weights& weights, State& state) {
-    const int lane = static_cast<int>(threadIdx.x) % kWarp;
+    const int lane = static_cast<int>(threadIdx.x % kWarp);
     const int g = lane / 4;
     const int t = lane % 4;
     // Rows of block t; those of block 4 half + t lie kHalfRows further, and so does the turn of their pieces.
@@ -487,7 +474,7 @@ struct HousePageCodec {
   }
 
   static __device__ __forceinline__ void write_out(const State& state, float* to, int row) {
-    const int lane = static_cast<int>(threadIdx.x) % kWarp;
+    const int lane = static_cast<int>(threadIdx.x % kWarp);
     const int g = lane / 4;
     const int t = lane % 4;
 #pragma unroll

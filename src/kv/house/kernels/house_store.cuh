@@ -70,7 +70,7 @@ class HouseStoreWarp {
         bits_(is_key ? params.layout.key_bits : params.layout.value_bits),
         top_(static_cast<float>((1 << bits_) - 1)),
         middle_(static_cast<float>(1 << (bits_ - 1))),
-        lane_(static_cast<int>(threadIdx.x) % kWarp),
+        lane_(static_cast<int>(threadIdx.x % kWarp)),
         token_(lane_ / kLanes),
         share_(lane_ % kLanes),
         panels_(panels),

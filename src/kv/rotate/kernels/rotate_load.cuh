@@ -15,7 +15,7 @@ class RotateLoadWarp {
   static constexpr int kWarp = 32;
 
   __device__ explicit RotateLoadWarp(const RotateLoadBatch& params)
-      : p_(params), l_(params.layout), lane_(static_cast<int>(threadIdx.x) % kWarp) {}
+      : p_(params), l_(params.layout), lane_(static_cast<int>(threadIdx.x % kWarp)) {}
 
   /// @param token of all pages'
   __device__ void run_keys(int64_t token) const {

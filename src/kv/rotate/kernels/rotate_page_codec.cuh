@@ -65,7 +65,7 @@ struct RotatePageCodec {
   }
 
   static __device__ __forceinline__ void copy_keys(const PagedDecode& p, std::byte* stage, const UnitAt& at) {
-    const int lane = static_cast<int>(threadIdx.x) % kWarp;
+    const int lane = static_cast<int>(threadIdx.x % kWarp);
     const RotatePageLayout l = layout(p);
     const int groups = p.rotate.n_quant_groups;
     const std::byte* const keys = at.bytes + int64_t{at.head * (kPageTokens / 16) + at.piece} * kKeyBytes;
@@ -83,7 +83,7 @@ struct RotatePageCodec {
   }
 
   static __device__ __forceinline__ void copy_values(const PagedDecode& p, std::byte* stage, const UnitAt& at) {
-    const int lane = static_cast<int>(threadIdx.x) % kWarp;
+    const int lane = static_cast<int>(threadIdx.x % kWarp);
     const RotatePageLayout l = layout(p);
     const std::byte* const values = at.bytes + l.value_codes_offset();
 #pragma unroll
@@ -114,7 +114,7 @@ struct RotatePageCodec {
   };
 
   static __device__ Query load_query(const PagedDecode& p, int seq, int head, std::byte* scratch) {
-    const int lane = static_cast<int>(threadIdx.x) % kWarp;
+    const int lane = static_cast<int>(threadIdx.x % kWarp);
     Query query;
     query.q = p.q_pages + (int64_t{seq} * p.n_kv_heads + head) * p.n_q * kHeadDim;
     query.turned = reinterpret_cast<uint2*>(scratch);
@@ -137,7 +137,7 @@ struct RotatePageCodec {
   /// Turns the queries back by the page's first position. Step (hi, u) of a set has channels 64 hi + 16 t + 8 p + 4 x + u, row 2 t + p of
   /// operand x; column g is query head g / 2, the fp16 number and what it leaves over.
   static __device__ void turn_queries(const PagedDecode& p, Query& query, int page) {
-    const int lane = static_cast<int>(threadIdx.x) % kWarp;
+    const int lane = static_cast<int>(threadIdx.x % kWarp);
     const int g = lane / 4;
     const int t = lane % 4;
     constexpr float kScale = kLog2e * 0.70710678118654752F;  // keys come out of attend() sqrt(2) times too large
@@ -184,7 +184,7 @@ struct RotatePageCodec {
 
   /// What codes c become r = s c + o by, for the unit's tokens: of each group and row g the s of tokens g and g + 8, then their o.
   static __device__ __forceinline__ void fill_scales(const PagedDecode& p, const std::byte* stage, std::byte* to) {
-    const int lane = static_cast<int>(threadIdx.x) % kWarp;
+    const int lane = static_cast<int>(threadIdx.x % kWarp);
     const int groups = p.rotate.n_quant_groups;
     const std::byte* const zeros = stage + kKeyScalesAt + groups * 32;
     for (int i = lane; i < groups * 8; i += kWarp) {
@@ -264,7 +264,7 @@ struct RotatePageCodec {
   /// Scores of tokens g (elements 0, 1: columns 2 t, 2 t + 1) and g + 8 (2, 3), in log 2.
   static __device__ __forceinline__ void score(const PagedDecode& p, const std::byte* stage, const UnitAt& at, const Query& query,
                                                float (&scores)[kSets][4]) {
-    const int lane = static_cast<int>(threadIdx.x) % kWarp;
+    const int lane = static_cast<int>(threadIdx.x % kWarp);
     const int g = lane / 4;
     const int t = lane % 4;
     uint32_t y[2][kSets][4][4];
@@ -333,7 +333,7 @@ struct RotatePageCodec {
   };
 
   static __device__ __forceinline__ Weights attend_keys(const PagedDecode& p, std::byte* stage, const UnitAt& at, Query& query, State& state) {
-    const int lane = static_cast<int>(threadIdx.x) % kWarp;
+    const int lane = static_cast<int>(threadIdx.x % kWarp);
     const int g = lane / 4;
     if (at.page != query.page) turn_queries(p, query, at.page);
     fill_scales(p, stage, query.scales);
@@ -370,7 +370,7 @@ struct RotatePageCodec {
   /// Values of one kv head: codes as they stand in their words are the tensor cores' left operand, channels as rows, subnormal fp16
   /// numbers 4^m c / 2^24, which cost one mask for two. Row g (g + 8) of product j is channel 16 g + j (+ 8).
   static __device__ __forceinline__ void add_head(const std::byte* stage, int s, const Weights& weights, float (&out)[kHeadDim / 8]) {
-    const int lane = static_cast<int>(threadIdx.x) % kWarp;
+    const int lane = static_cast<int>(threadIdx.x % kWarp);
     const int g = lane / 4;
     const int t = lane % 4;
     uint32_t b[2];
@@ -410,7 +410,7 @@ struct RotatePageCodec {
   }
 
   static __device__ __forceinline__ void write_out(const State& state, float* to, int row) {
-    const int lane = static_cast<int>(threadIdx.x) % kWarp;
+    const int lane = static_cast<int>(threadIdx.x % kWarp);
     const int g = lane / 4;
     const int t = lane % 4;
 #pragma unroll
@@ -488,7 +488,7 @@ struct RotatePageCodec {
       }
     }
     static __device__ __forceinline__ void write_out(const State& state, float* to, int row) {
-      const int lane = static_cast<int>(threadIdx.x) % kWarp;
+      const int lane = static_cast<int>(threadIdx.x % kWarp);
 #pragma unroll
       for (int s = 0; s < kSets; ++s) {
 #pragma unroll

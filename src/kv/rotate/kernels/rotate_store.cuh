@@ -26,7 +26,7 @@ class RotateStoreWarp {
   __device__ RotateStoreWarp(const RotateStoreBatch& params, std::byte* shared)
       : p_(params),
         l_(params.layout),
-        lane_(static_cast<int>(threadIdx.x) % kWarp),
+        lane_(static_cast<int>(threadIdx.x % kWarp)),
         groups_(reinterpret_cast<float2*>(shared)),
         x_(reinterpret_cast<float*>(groups_ + l_.n_quant_groups())) {}
 

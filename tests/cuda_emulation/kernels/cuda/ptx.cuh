@@ -111,13 +111,17 @@ inline uint32_t transpose_matrix(uint32_t x) {
   return at(lane % 4 * 2) | at(lane % 4 * 2 + 1) << 16;
 }
 
+namespace emulated {
 /// Until it is waited for, the place holds bytes that no test expects.
-inline void copy_16_async(void* to, const void* from) {
-  if (reinterpret_cast<uintptr_t>(to) % 16 != 0 || reinterpret_cast<uintptr_t>(from) % 16 != 0)
-    throw std::logic_error("cuda emulation: copy_16_async of unaligned bytes");
-  std::memset(to, 0xcd, 16);
-  emulated::block().thread().open_copies.push_back({to, from});
+inline void copy_async(void* to, const void* from, size_t bytes) {
+  if (reinterpret_cast<uintptr_t>(to) % bytes != 0 || reinterpret_cast<uintptr_t>(from) % bytes != 0)
+    throw std::logic_error("cuda emulation: asynchronous copy of unaligned bytes");
+  std::memset(to, 0xcd, bytes);
+  block().thread().open_copies.push_back({to, from, bytes});
 }
+}  // namespace emulated
+inline void copy_16_async(void* to, const void* from) { emulated::copy_async(to, from, 16); }
+inline void copy_8_async(void* to, const void* from) { emulated::copy_async(to, from, 8); }
 inline void commit_copies() {
   emulation::Thread& thread = emulated::block().thread();
   thread.copies.push_back(std::exchange(thread.open_copies, {}));
@@ -126,12 +130,19 @@ template <int kPending>
 void wait_copies() {
   emulation::Thread& thread = emulated::block().thread();
   while (thread.copies.size() > kPending) {
-    for (const auto& copy : thread.copies.front()) std::memcpy(copy.to, copy.from, 16);
+    for (const auto& copy : thread.copies.front()) std::memcpy(copy.to, copy.from, copy.bytes);
     thread.copies.pop_front();
   }
 }
 
-inline int add_one(int* counter) { return std::exchange(*counter, *counter + 1); }
+inline int add(int* counter, int more) { return std::exchange(*counter, *counter + more); }
+
+template <typename T>
+T load_shared_by_all(const T* from) {
+  return *from;
+}
+
+inline float reciprocal_approximate(float x) { return 1.0F / x; }
 
 inline float exp2_approximate(float x) { return std::exp2(x); }
 

@@ -22,11 +22,8 @@ class HouseDecodeGpuTest : public ::testing::Test {
     kernels::testing::check_cuda(house_decode_grid(test.params({1, 1}), key_bits, value_bits, &grid), "grid");
     testing::ShiftCase shift(test);
     using kernels::testing::OnGpu;
-    const OnGpu pairs(shift.pairs), ab(shift.ab), norm(shift.norm), token_table(shift.token_table), page_table(shift.page_table);
-    if (shifted) {
-      test.shift = {testing::ShiftCase::kSteps, pairs.as<uint16_t>(),  ab.as<float2>(),
-                    norm.as<float>(),           token_table.as<uint2>(), page_table.as<float2>()};
-    }
+    const OnGpu turns(shift.turns), queries(shift.queries), norm(shift.norm);
+    if (shifted) test.shift = {testing::ShiftCase::kSteps, turns.as<uint4>(), queries.as<uint2>(), shift.pages, norm.as<float>()};
     const auto out = kernels::testing::run_on_gpu(
         test, grid, [&](const kernels::PagedDecode& p) { return house_decode_cuda(p, key_bits, value_bits, grid, nullptr); });
     EXPECT_LT(PagedCase::relative_error(out, testing::house_expected(test, layout, shifted ? &shift : nullptr)), testing::kTolerance);

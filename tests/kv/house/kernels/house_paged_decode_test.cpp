@@ -7,7 +7,7 @@
 #include "kernels/run_emulated.h"
 #include "kv/house/kernels/house_page_codec.cuh"
 #include "kv/house/kernels/house_paged_case.h"
-#include "kv/house/kernels/house_query.cuh"
+#include "kv/house/kernels/shift_query.cuh"
 
 namespace rotunda::kv::house {
 namespace {
@@ -61,68 +61,60 @@ TEST(HousePagedDecodeTest, NarrowAndWideHeads) {
   expect_reference<3, 4, 256, 1, 2, 2>({.lens = {300}, .n_kv_heads = 1, .n_q = 2}, 3);
 }
 
-template <int kHeadDim>
-void expect_rotated() {
-  constexpr int kRows = 2 * 3;
-  std::mt19937 random(6);
-  std::normal_distribution<float> normal;
-  std::vector<float> q(kRows * kHeadDim), rotated(q.size(), NAN);
-  for (float& x : q) x = normal(random);
-  HouseQueries p;
-  p.batch = 2;
-  p.n_kv_heads = 1;
-  p.n_q = 3;
-  p.head_dim = kHeadDim;
-  p.q = q.data();
-  p.rotated = rotated.data();
-  emulation::launch(2, 4 * 32, [&] { house_query_warps<kHeadDim>(p, 4); });
-  std::vector<double> expected(q.begin(), q.end());
-  kernels::hadamard_rows_ref(kernels::hadamard_plan(kHeadDim), false, expected.data(), kRows, kHeadDim);
-  // Up to eight additions in a row, of at most 16: 2^-24 each.
-  for (size_t i = 0; i < expected.size(); ++i) EXPECT_NEAR(rotated[i], expected[i], 1e-5);
-}
-TEST(HouseQueryTest, Rotates) {
-  expect_rotated<64>();
-  expect_rotated<128>();
-  expect_rotated<256>();
-}
-
-// a cos(n w) + b sin(n w) is q R_m . mu R_n for every pair, position and head.
-TEST(HouseQueryTest, ShiftIsTheProductItStandsFor) {
-  constexpr int kHeadDim = 64, kHalf = kHeadDim / 2, kSteps = 2, kHeads = 2, kQ = 3;
+// Operands times turns of a page's places are q R_m . mu R_n for every pair, position and head.
+template <int kHeadDim, int kSets>
+void expect_shift_operands(int n_q) {
+  constexpr int kHalf = kHeadDim / 2, kSteps = 2, kHeads = 2, kPages = 19, kBatch = 2;
   std::mt19937 random(5);
   std::normal_distribution<float> normal;
-  std::vector<float> q(2 * kHeads * kQ * kHeadDim), mu(kHeads * kHeadDim), norm(2 * kHeads * kQ, -1.0F);
+  std::vector<float> q(kBatch * kHeads * n_q * kHeadDim), mu(kHeads * kHeadDim), norm(kBatch * kHeads * n_q, -1.0F);
   for (auto* x : {&q, &mu})
     for (float& element : *x) element = normal(random);
   std::vector<uint16_t> pairs(kHeads * 8 * kSteps);
   for (size_t i = 0; i < pairs.size(); ++i) pairs[i] = static_cast<uint16_t>(i * 7 % kHalf);
-  const std::vector<int32_t> n_pairs = {16, 9};
-  std::vector<float2> ab(2 * kHeads * kQ * 8 * kSteps, make_float2(NAN, NAN));
-  std::vector<float> rotated(q.size());
-  const HouseQueries p{2,           kHeads,       kQ,             kHeadDim,  q.data(),   rotated.data(), kSteps,
-                       mu.data(), pairs.data(), n_pairs.data(), ab.data(), norm.data()};
-  emulation::launch(3, 4 * 32, [&] { house_query_warps<kHeadDim>(p, 4); });
-  for (int row = 0; row < 2 * kHeads * kQ; ++row) {
-    const int head = row / kQ % kHeads;
-    for (int i = 0; i < 8 * kSteps; ++i) {
-      const float2 got = ab[row * 8 * kSteps + i];
-      if (i >= n_pairs[head]) {
-        EXPECT_EQ(got.x, 0.0F);
-        EXPECT_EQ(got.y, 0.0F);
-        continue;
-      }
-      EXPECT_LE(std::hypot(got.x, got.y), norm[row] * 1.000001F);
-      const int pair = pairs[head * 8 * kSteps + i];
-      const float* const query = q.data() + row * kHeadDim;
-      const float* const shift = mu.data() + head * kHeadDim;
-      for (const double angle : {0.0, 0.7, 2.9, 100.0}) {
-        const double turned = shift[pair] * std::cos(angle) - shift[pair + kHalf] * std::sin(angle);
-        const double turned_half = shift[pair + kHalf] * std::cos(angle) + shift[pair] * std::sin(angle);
-        EXPECT_NEAR(got.x * std::cos(angle) + got.y * std::sin(angle), query[pair] * turned + query[pair + kHalf] * turned_half, 1e-5);
+  const std::vector<int32_t> n_pairs = {16, 9}, stored_len = {kPages * 128 - 5, 700}, first_token = {0, 300};
+  const auto frequency = [](int pair) { return std::pow(1e4, -static_cast<double>(pair) / kHalf); };
+  std::vector<float2> page_table;
+  for (int page = 0; page < kPages; ++page)
+    for (int pair = 0; pair < kHalf; ++pair)
+      page_table.push_back(make_float2(static_cast<float>(std::cos(128 * page * frequency(pair))), static_cast<float>(std::sin(128 * page * frequency(pair)))));
+  std::vector<uint2> queries(kBatch * kHeads * kPages * kSteps * kSets * 32, make_uint2(0x7c007c00, 0x7c007c00));
+  const ShiftQueries p{kBatch,         kHeads,           n_q,               kHeadDim,           q.data(), kSteps,         mu.data(),  pairs.data(),
+                       n_pairs.data(), page_table.data(), stored_len.data(), first_token.data(), kPages,   queries.data(), norm.data()};
+  const unsigned warps = static_cast<unsigned>(shift_query_warps(kBatch, kHeads, kPages));
+  emulation::launch(warps, 32, [&] { shift_query_warp<kHeadDim, kSets>(p, static_cast<int>(blockIdx.x)); });
+  for (int row = 0; row < kBatch * kHeads * n_q; ++row) {
+    const int seq = row / n_q / kHeads, head = row / n_q % kHeads, h = row % n_q;
+    for (int page = first_token[seq] / 128; page < (stored_len[seq] + 127) / 128; ++page) {
+      for (int place = 0; place < 8 * kSteps; ++place) {
+        const int64_t at = ((int64_t{seq} * kHeads + head) * kPages + page) * kSteps + place / 8;
+        double got[2] = {};  // what goes with cos and with sin
+        for (int rest = 0; rest < 2; ++rest) {
+          const uint2 both = queries[(at * kSets + h / 4) * 32 + (h % 4 * 2 + rest) * 4 + place % 4];
+          const uint32_t word = place % 8 < 4 ? both.x : both.y;
+          got[0] += to_float(Half{static_cast<uint16_t>(word)});
+          got[1] += to_float(Half{static_cast<uint16_t>(word >> 16)});
+        }
+        EXPECT_LE(std::hypot(got[0], got[1]), 1.0001);
+        const int pair = pairs[head * 8 * kSteps + place];
+        const float* const query = q.data() + int64_t{row} * kHeadDim;
+        const float* const shift = mu.data() + head * kHeadDim;
+        for (const int j : {0, 1, 77, 127}) {
+          const double angle = (128 * page + j) * frequency(pair);
+          const double turned = shift[pair] * std::cos(angle) - shift[pair + kHalf] * std::sin(angle);
+          const double turned_half = shift[pair + kHalf] * std::cos(angle) + shift[pair] * std::sin(angle);
+          const double expected = place < n_pairs[head] ? query[pair] * turned + query[pair + kHalf] * turned_half : 0.0;
+          const double within = j * frequency(pair);
+          // 22 bits of sums of up to 20.
+          ASSERT_NEAR(norm[row] * (got[0] * std::cos(within) + got[1] * std::sin(within)), expected, 2e-5) << row << " " << page << " " << place;
+        }
       }
     }
   }
+}
+TEST(ShiftQueryTest, OperandsAreTheProductTheyStandFor) {
+  expect_shift_operands<64, 1>(3);
+  expect_shift_operands<128, 2>(7);
 }
 
 }  // namespace
