@@ -2,6 +2,8 @@
 
 #include <ATen/ATen.h>
 
+#include <utility>
+
 #include "base/check.h"
 
 namespace rotunda::engine {
@@ -27,12 +29,25 @@ at::Tensor draw_places(const at::Tensor& weights, double top_p, const at::Tensor
   return at::minimum(place, last);
 }
 
+// The first of the largest of each row [N, V], NaN before all: value and place, [N, 1] each. A GPU gives a row to one block of threads, so
+// long rows go in pieces.
+std::pair<at::Tensor, at::Tensor> largest(const at::Tensor& rows) {
+  int64_t piece = 256;
+  while (piece > 1 && rows.size(1) % piece != 0) piece /= 2;
+  if (!rows.is_cuda() || piece < 16) {
+    const at::Tensor place = rows.argmax(1, /*keepdim=*/true);
+    return {rows.gather(1, place), place};
+  }
+  const auto [values, places] = rows.contiguous().view({rows.size(0), -1, piece}).max(2);  // of pieces
+  const at::Tensor which = values.argmax(1, /*keepdim=*/true);
+  return {values.gather(1, which), places.gather(1, which).add(which, piece)};
+}
+
 }  // namespace
 
 at::Tensor sample_rows(const at::Tensor& logits, const SamplingOptions& options, const at::Tensor& draws) {
   ROTUNDA_ASSERT(logits.dim() == 2 && logits.scalar_type() == at::kFloat, "logits ", logits.sizes(), " ", logits.scalar_type());
-  const at::Tensor best = logits.argmax(1, /*keepdim=*/true);  // [N, 1]: the first of equals, and NaN before all
-  const at::Tensor max = logits.gather(1, best);
+  const auto [max, best] = largest(logits);  // [N, 1] each
   at::Tensor ids = best;
   if (options.temperature > 0.0) {
     ROTUNDA_ASSERT(draws.dim() == 1 && draws.size(0) == logits.size(0) && draws.scalar_type() == at::kDouble, "draws ", draws.sizes());

@@ -16,7 +16,6 @@ constexpr int kThreads = 256;
 template <typename T, int kSize, int kOfBlock>
 __global__ void __launch_bounds__(kOfBlock) rms_norm_kernel(const RmsNorm p) {
   __shared__ float of_warps[RmsNormBlock<T, kSize, kOfBlock>::kWarps];
-  ptx::wait_for_launches_before();
   RmsNormBlock<T, kSize, kOfBlock>::run(p, of_warps);
 }
 

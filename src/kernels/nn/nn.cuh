@@ -4,6 +4,7 @@
 
 #include <cmath>
 
+#include "kernels/cuda/ptx.cuh"
 #include "kernels/cuda/sixteen_bit.cuh"
 #include "kernels/nn/nn_params.h"
 
@@ -20,43 +21,65 @@ template <typename T, int kSize, int kThreads>
 struct RmsNormBlock {
   static constexpr int kWarps = kThreads / 32;
   static_assert(kWarps <= 32);
+  static constexpr int kHeld = 4;  ///< packs that a thread keeps in registers; of longer rows the rest is read twice
+  using Vector = Pack<T, kSize>;
 
   /// @param of_warps [kWarps] in shared memory
   static __device__ __forceinline__ void run(const RmsNorm& p, float* of_warps) {
-    using Vector = Pack<T, kSize>;
     const int64_t n = p.row_size / kSize;
     const Vector* x = static_cast<const Vector*>(p.x) + blockIdx.x * n;
     const Vector* update = p.update == nullptr ? nullptr : static_cast<const Vector*>(p.update) + blockIdx.x * n;
     Vector* sums = p.update == nullptr ? nullptr : static_cast<Vector*>(p.sum) + blockIdx.x * n;
     const Vector* weight = static_cast<const Vector*>(p.weight);
     Vector* y = static_cast<Vector*>(p.y) + blockIdx.x * n;
+    const int64_t first = threadIdx.x;
+    const auto for_held = [&](const auto& run) {
+#pragma unroll
+      for (int h = 0; h < kHeld; ++h)
+        if (first + h * kThreads < n) run(h, first + h * kThreads);
+    };
+    Vector values[kHeld], more[kHeld], gains[kHeld];
+    // Weights are no other launch's work.
+    for_held([&](int h, int64_t i) { gains[h] = weight[i]; });
+    ptx::wait_for_launches_before();
+    for_held([&](int h, int64_t i) { values[h] = x[i]; });
+    if (update != nullptr) for_held([&](int h, int64_t i) { more[h] = update[i]; });
     float sum = 0.0F;
-    for (int64_t i = threadIdx.x; i < n; i += kThreads) {
-      Vector values = x[i];
-      if (update != nullptr) {
-        const Vector more = update[i];
-        for (int e = 0; e < kSize; ++e) values.at[e] = round_to<T>(widen(values.at[e]) + widen(more.at[e]));
-        sums[i] = values;
-      }
-      for (int e = 0; e < kSize; ++e) sum += widen(values.at[e]) * widen(values.at[e]);
+    for_held([&](int h, int64_t i) {
+      if (update != nullptr) sums[i] = values[h] = added(values[h], more[h]);
+      sum += squares(values[h]);
+    });
+    for (int64_t i = first + kHeld * kThreads; i < n; i += kThreads) {
+      Vector of_row = x[i];
+      if (update != nullptr) sums[i] = of_row = added(of_row, update[i]);
+      sum += squares(of_row);
     }
     sum = sum_of_block(sum, of_warps);
     const float scale = __fdiv_rn(1.0F, __fsqrt_rn(sum / static_cast<float>(p.row_size) + p.eps));
-    // The second reading finds the row in L1; every thread reads what it has written itself.
+    for_held([&](int h, int64_t i) { y[i] = scaled(values[h], scale, gains[h]); });
+    // Every thread reads what it has written itself.
     const Vector* rows = update != nullptr ? sums : x;
-    for (int64_t i = threadIdx.x; i < n; i += kThreads) {
-      const Vector values = rows[i];
-      const Vector gains = weight[i];
-      Vector result;
-      for (int e = 0; e < kSize; ++e) {
-        const T scaled = round_to<T>(widen(values.at[e]) * scale);
-        result.at[e] = round_to<T>(widen(scaled) * widen(gains.at[e]));
-      }
-      y[i] = result;
-    }
+    for (int64_t i = first + kHeld * kThreads; i < n; i += kThreads) y[i] = scaled(rows[i], scale, weight[i]);
   }
 
  private:
+  static __device__ __forceinline__ Vector added(Vector x, const Vector& update) {
+#pragma unroll
+    for (int e = 0; e < kSize; ++e) x.at[e] = round_to<T>(widen(x.at[e]) + widen(update.at[e]));
+    return x;
+  }
+  static __device__ __forceinline__ float squares(const Vector& x) {
+    float sum = 0.0F;
+#pragma unroll
+    for (int e = 0; e < kSize; ++e) sum += widen(x.at[e]) * widen(x.at[e]);
+    return sum;
+  }
+  static __device__ __forceinline__ Vector scaled(const Vector& x, float scale, const Vector& gains) {
+    Vector result;
+#pragma unroll
+    for (int e = 0; e < kSize; ++e) result.at[e] = round_to<T>(widen(round_to<T>(widen(x.at[e]) * scale)) * widen(gains.at[e]));
+    return result;
+  }
   static __device__ __forceinline__ float sum_of_warp(float x) {
     for (int lanes = 16; lanes > 0; lanes /= 2) x += __shfl_xor_sync(~0U, x, lanes);
     return x;
