@@ -311,9 +311,14 @@ struct HousePageCodec {
     }
   }
 
+  /// Whether all tokens of the unit are attended.
+  static __device__ __forceinline__ bool attends_all(const UnitAt& at) {
+    const bool masked = at.masks != nullptr && at.masks[threadIdx.x % (kUnitTokens / 16)] != 0xffffU;
+    return at.tokens >= kUnitTokens && at.first <= 0 && __ballot_sync(kAllLanes, masked) == 0;
+  }
+
   /// Takes tokens out that are not attended.
   static __device__ __forceinline__ void mask(const UnitAt& at, float (&scores)[kSets][kTiles][4]) {
-    if (at.masks == nullptr && at.tokens >= kUnitTokens && at.first <= 0) return;
     const int g = static_cast<int>(threadIdx.x % kWarp) / 4;
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
@@ -344,10 +349,11 @@ struct HousePageCodec {
     const int g = lane / 4;
     const int t = lane % 4;
     float scores[kSets][kTiles][4] = {};
+    const bool all = attends_all(at);
     // First, while few registers are taken.
     if (p.shift.n_steps > 0) shift_scores(p, stage, at, scores);
     score(stage, query, scores);
-    mask(at, scores);
+    if (!all) mask(at, scores);
 
     Weights weights;
     float step[kSets];
@@ -382,7 +388,7 @@ struct HousePageCodec {
       }
       state.sum[s] = fmaf(state.sum[s], weights.keep[s], sum);
       largest = kernels::max_over_rows(largest);
-      const float inverse = largest > 1e-30F ? kLargestWeight / largest : 0.0F;
+      const float inverse = largest > 1e-30F ? kLargestWeight * ptx::reciprocal_approximate(largest) : 0.0F;
       step[s] = largest * (1.0F / kLargestWeight);
       // Groups of codes that stand two bits up want a quarter.
       const float factor = divisor<kValueBits>(g) == 4 ? 0.25F * inverse : inverse;

@@ -7,7 +7,7 @@
 namespace rotunda::kv::house {
 
 /// Pages that a warp makes operands for.
-inline constexpr int kShiftPages = 16;
+inline constexpr int kShiftPages = 4;
 
 inline constexpr int shift_query_warps(int batch, int n_kv_heads, int pages) {
   return batch * n_kv_heads * ((pages + kShiftPages - 1) / kShiftPages);
@@ -39,47 +39,54 @@ __device__ inline void shift_query_warp(const ShiftQueries& p, int warp) {
     const int pair = pairs[i];
     return make_float2(q[pair] * mu[pair] + q[pair + kHalf] * mu[pair + kHalf], q[pair + kHalf] * mu[pair] - q[pair] * mu[pair + kHalf]);
   };
-  float inverse[kSets];
-#pragma unroll
-  for (int s = 0; s < kSets; ++s) {
-    const int h = 4 * s + g / 2;
-    float norm = 0;  // at least sqrt(a^2 + b^2) of every pair
-    for (int i = t; i < 8 * p.n_steps; i += 4) {
-      const float2 ab = product(h, i);
-      norm = fmaxf(norm, fabsf(ab.x) + fabsf(ab.y));
-    }
-    norm = fmaxf(norm, __shfl_xor_sync(kernels::kAllLanes, norm, 1));
-    norm = fmaxf(norm, __shfl_xor_sync(kernels::kAllLanes, norm, 2));
-    inverse[s] = norm > 0 ? 1.0F / norm : 0.0F;
-    // Every warp of the (sequence, kv head) writes the same number.
-    if (t == 0 && g % 2 == 0 && h < p.n_q) p.norm[first_row + h] = norm;
-  }
+  // All that is read is asked for before any of it is used: a chain of reads is what a launch as short as this one spends its time on.
   for (int step = 0; step < p.n_steps; ++step) {
     float2 ab[kSets][2];
-    int pair[2];
+    float2 turn[kShiftPages][2];
+    float norm[kSets] = {};  // at least sqrt(a^2 + b^2) of every pair of the head, not of this step alone
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      pair[i] = pairs[8 * step + 4 * i + t];
+      const int pair = pairs[8 * step + 4 * i + t];
+#pragma unroll
+      for (int page = 0; page < kShiftPages; ++page)
+        if (begin + page < end) turn[page][i] = p.page_table[int64_t{begin + page} * kHalf + pair];
 #pragma unroll
       for (int s = 0; s < kSets; ++s) {
         ab[s][i] = product(4 * s + g / 2, 8 * step + 4 * i + t);
-        ab[s][i].x *= inverse[s];
-        ab[s][i].y *= inverse[s];
+        norm[s] = fmaxf(norm[s], fabsf(ab[s][i].x) + fabsf(ab[s][i].y));
       }
     }
-#pragma unroll 4
-    for (int page = begin; page < end; ++page) {
-      uint32_t words[kSets][2];
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const float2 turn = p.page_table[int64_t{page} * kHalf + pair[i]];
-#pragma unroll
-        for (int s = 0; s < kSets; ++s)
-          words[s][i] = kernels::pack_two<__half>(ab[s][i].x * turn.x + ab[s][i].y * turn.y, ab[s][i].y * turn.x - ab[s][i].x * turn.y, g % 2 != 0);
+    for (int s = 0; s < kSets; ++s) {
+      const int h = 4 * s + g / 2;
+      for (int i = t; i < 8 * p.n_steps; i += 4) {
+        if (i / 8 == step) continue;
+        const float2 other = product(h, i);
+        norm[s] = fmaxf(norm[s], fabsf(other.x) + fabsf(other.y));
       }
-      const int64_t at = ((int64_t{seq} * p.n_kv_heads + head) * p.pages + page) * p.n_steps + step;
+      norm[s] = fmaxf(norm[s], __shfl_xor_sync(kernels::kAllLanes, norm[s], 1));
+      norm[s] = fmaxf(norm[s], __shfl_xor_sync(kernels::kAllLanes, norm[s], 2));
+      // Every warp of the (sequence, kv head) writes the same number.
+      if (t == 0 && g % 2 == 0 && h < p.n_q) p.norm[first_row + h] = norm[s];
+      const float inverse = norm[s] > 0 ? 1.0F / norm[s] : 0.0F;
 #pragma unroll
-      for (int s = 0; s < kSets; ++s) p.queries[(at * kSets + s) * kernels::kWarp + lane] = make_uint2(words[s][0], words[s][1]);
+      for (float2& x : ab[s]) x = make_float2(x.x * inverse, x.y * inverse);
+    }
+#pragma unroll
+    for (int page = 0; page < kShiftPages; ++page) {
+      if (begin + page >= end) break;
+      const int64_t at = ((int64_t{seq} * p.n_kv_heads + head) * p.pages + begin + page) * p.n_steps + step;
+#pragma unroll
+      for (int s = 0; s < kSets; ++s) {
+        uint32_t words[2];
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const float2 x = ab[s][i];
+          const float2 by = turn[page][i];
+          words[i] = kernels::pack_two<__half>(x.x * by.x + x.y * by.y, x.y * by.x - x.x * by.y, g % 2 != 0);
+        }
+        p.queries[(at * kSets + s) * kernels::kWarp + lane] = make_uint2(words[0], words[1]);
+      }
     }
   }
 }
