@@ -118,7 +118,7 @@ struct Row {
   double fill_s = 0.0;
   int64_t replayed = 0;
   int64_t cache_bytes = 0;
-  int64_t peak_bytes = 0;  // of all tensors, weights too
+  int64_t peak_bytes = 0;  // of weights, cache and temporaries together
   double tok_s() const { return 1e3 * static_cast<double>(batch) / step_ms; }
 };
 
@@ -135,6 +135,14 @@ void fill(kv::KvCache& cache, kv::SeqId seq, const Options& options) {
       throw;
     }
   }
+}
+
+// The most that tensors have taken so far (windows and sinks are among them), and the cache's pages, which LibTorch does not know of.
+int64_t peak_bytes(const kv::KvCache& cache) {
+  const kv::KvUsage usage = cache.usage();
+  const auto stats = c10::cuda::CUDACachingAllocator::getDeviceStats(cache.model().device.index());
+  return stats.allocated_bytes[static_cast<size_t>(c10::CachingAllocator::StatType::AGGREGATE)].peak + usage.cache_bytes() - usage.window_bytes -
+         usage.sink_bytes;
 }
 
 using Clock = std::chrono::steady_clock;
@@ -173,8 +181,7 @@ Row measure(const engine::KvBinding& binding, int64_t batch, const Options& opti
   row.high_ms = ms[ms.size() - 1 - ms.size() / 10];
   row.replayed = graphs.n_replayed();
   row.cache_bytes = cache->usage().cache_bytes();
-  const auto stats = c10::cuda::CUDACachingAllocator::getDeviceStats(kv_model.device.index());
-  row.peak_bytes = stats.allocated_bytes[static_cast<size_t>(c10::CachingAllocator::StatType::AGGREGATE)].peak;
+  row.peak_bytes = peak_bytes(*cache);
   return row;
 }
 
@@ -197,13 +204,12 @@ Row measure_prefill(const engine::KvBinding& binding, const Options& options) {
     ops::synchronize(kv_model.device);
     if (run > 0) ms.push_back(1e3 * seconds_since(start));
     row.cache_bytes = cache->usage().cache_bytes();
+    row.peak_bytes = peak_bytes(*cache);
   }
   std::sort(ms.begin(), ms.end());
   row.step_ms = ms[ms.size() / 2];
   row.low_ms = ms.front();
   row.high_ms = ms.back();
-  const auto stats = c10::cuda::CUDACachingAllocator::getDeviceStats(kv_model.device.index());
-  row.peak_bytes = stats.allocated_bytes[static_cast<size_t>(c10::CachingAllocator::StatType::AGGREGATE)].peak;
   return row;
 }
 

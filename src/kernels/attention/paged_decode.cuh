@@ -285,7 +285,7 @@ struct PartsView {
 
 /// Parts of one query head, in shared or global memory: lane i of a warp knows where part i lies.
 struct PartsOfHead {
-  static constexpr int kMost = 16;
+  static constexpr int kMost = 20;  ///< what a kv head of one long sequence has, where a GPU's 132 blocks share eight of them
   int count;              ///< at least 1; lanes from here on know the last part
   const float2* softmax;  ///< maximum and sum
   const float4* row;      ///< weighted values
