@@ -62,9 +62,17 @@ struct UnitAt {
   int head;               ///< kv head
   int page;               ///< within the sequence; of no meaning for exact tokens
   int piece;              ///< unit within the page, or block of exact tokens
-  int first;              ///< attended tokens are among first .. tokens - 1 of the unit
-  int tokens;
-  const uint16_t* masks;  ///< of the unit's blocks, or null
+  // Of no meaning to who copies:
+  int first = 0;                    ///< attended tokens are among first .. tokens - 1 of the unit
+  int tokens = 0;
+  const uint16_t* masks = nullptr;  ///< of the unit's blocks, or null
+};
+
+/// What the units of one (sequence, kv head), pages or exact tokens, have in common.
+struct alignas(16) UnitsOf {
+  const uint16_t* masks;  ///< of the first unit's blocks, or null
+  int first_token;
+  int stored_len;
 };
 
 /// How many units there are of what.
@@ -86,7 +94,8 @@ struct UnitList {
 };
 
 /// A place in the flat list of units; walks forward. What it can look up it does not keep: registers are scarce.
-template <int kUnitTokens, int kPageTokens>
+/// @tparam kFetches whether its units are copied, not attended to
+template <int kUnitTokens, int kPageTokens, bool kFetches>
 class UnitCursor {
  public:
   __device__ UnitCursor(const PagedDecode& p, int unit) : p_(p) {
@@ -100,69 +109,84 @@ class UnitCursor {
     }
     enter(low);
     const int within = unit - UnitList(p).before(low) * p.n_kv_heads;
-    const int of_head = end_ - unit_;
+    const int of_head = end() - unit_;
     head_ = within / of_head;
     unit_ += within % of_head;
+    fetch();
+  }
+  explicit __device__ UnitCursor(const UnitCursor<kUnitTokens, kPageTokens, !kFetches>& other)
+      : p_(other.p_), seq_(other.seq_), head_(other.head_), unit_(other.unit_), pages_end_(other.pages_end_) {
     fetch();
   }
 
   __device__ int seq() const { return seq_; }
   __device__ int head() const { return head_; }
-  __device__ bool exact() const { return unit_ >= end_of_pages(); }
+  __device__ bool exact() const { return unit_ >= pages_end_; }
   /// Units up to the next change of sequence, head or kind.
-  __device__ int left_of_kind() const { return (exact() ? end_ : end_of_pages()) - unit_; }
+  __device__ int left_of_kind() const { return (exact() ? end() : pages_end_) - unit_; }
 
-  __device__ UnitAt at() const {
-    if (exact()) {
-      const int piece = unit_ - end_of_pages();
-      const uint16_t* const masks = p_.exact_masks + int64_t{seq_} * p_.exact_blocks + piece % p_.exact_blocks;
-      return {p_.exact + slot() * p_.exact_stride, seq_, head_, 0, piece, 0, 16, masks};
+  __device__ UnitsOf units() const {
+    if (exact()) return {p_.exact_masks + int64_t{seq_} * p_.exact_blocks, 0, 0};
+    const uint16_t* const masks = p_.page_masks == nullptr ? nullptr : p_.page_masks + slot() * p_.mask_stride;
+    return {masks, p_.first_token == nullptr ? 0 : p_.first_token[seq_], p_.stored_len[seq_]};
+  }
+
+  __device__ UnitAt to_copy() const {
+    if (exact()) return {p_.exact + slot() * p_.exact_stride, seq_, head_, 0, unit_ - pages_end_};
+    const auto page = static_cast<uint64_t>(static_cast<unsigned>(page_)) * static_cast<unsigned>(p_.page_bytes);
+    return {p_.pool + page, seq_, head_, page_of(unit_), unit_ - page_of(unit_) * kPieces};
+  }
+  template <bool kExact>
+  __device__ UnitAt to_attend(const UnitsOf& units) const {
+    if constexpr (kExact) {
+      const int piece = unit_ - pages_end_;
+      return {nullptr, seq_, head_, 0, piece, 0, 16, units.masks + (p_.exact_pieces == 1 ? piece : piece % p_.exact_blocks)};
     }
-    const uint16_t* masks = nullptr;
-    if (p_.page_masks != nullptr) masks = p_.page_masks + slot() * p_.mask_stride + int64_t{unit_} * (kUnitTokens / 16);
-    const int first = p_.first_token == nullptr ? 0 : p_.first_token[seq_] - unit_ * kUnitTokens;
-    // Only the last unit can be short.
-    const int tokens = unit_ + 1 == end_of_pages() ? min(kUnitTokens, p_.stored_len[seq_] - unit_ * kUnitTokens) : kUnitTokens;
-    const std::byte* const page = p_.pool + int64_t{page_} * static_cast<int>(p_.page_bytes);
-    return {page, seq_, head_, page_of(unit_), unit_ - page_of(unit_) * kPieces, first, tokens, masks};
+    const int first = unit_ * kUnitTokens;
+    return {nullptr, seq_, head_, page_of(unit_), unit_ - page_of(unit_) * kPieces, units.first_token - first,
+            min(kUnitTokens, units.stored_len - first), units.masks == nullptr ? nullptr : units.masks + first / 16};
   }
 
   __device__ void advance() {
-    if (++unit_ >= end_) {
-      unit_ = first_unit();
-      if (++head_ == p_.n_kv_heads) {
-        head_ = 0;
-        int next = seq_ + 1;
-        while (next < p_.batch && UnitList(p_).before(next + 1) == UnitList(p_).before(next)) ++next;
-        if (next == p_.batch) return;
-        enter(next);
-      }
+    if (++unit_ < pages_end_) {
+      if (unit_ - page_of(unit_) * kPieces == 0) fetch();
+      return;
+    }
+    if (unit_ < end()) return;
+    unit_ = first_unit();
+    if (++head_ == p_.n_kv_heads) {
+      head_ = 0;
+      int next = seq_ + 1;
+      while (next < p_.batch && UnitList(p_).before(next + 1) == UnitList(p_).before(next)) ++next;
+      if (next == p_.batch) return;
+      enter(next);
     }
     fetch();
   }
 
  private:
+  friend class UnitCursor<kUnitTokens, kPageTokens, !kFetches>;
   static constexpr int kPieces = kPageTokens / kUnitTokens;
 
   __device__ void enter(int seq) {
     seq_ = seq;
     unit_ = first_unit();
-    end_ = unit_ + UnitList(p_).before(seq + 1) - UnitList(p_).before(seq);
+    pages_end_ = unit_ + UnitList(p_).before(seq + 1) - UnitList(p_).before(seq) - UnitList(p_).of_exact();
   }
+  __device__ int end() const { return pages_end_ + UnitList(p_).of_exact(); }
   __device__ int first_unit() const { return p_.first_token == nullptr ? 0 : p_.first_token[seq_] / kUnitTokens; }
-  __device__ int end_of_pages() const { return end_ - UnitList(p_).of_exact(); }
   __device__ int64_t slot() const { return p_.slot == nullptr ? seq_ : p_.slot[seq_]; }
   static __device__ int page_of(int unit) { return static_cast<int>(static_cast<unsigned>(unit) / kPieces); }
-  /// The page's number is asked for when the cursor moves and needed when it is next looked at: its latency is hidden.
+  /// The page's number is asked for when the cursor comes to it and needed when it is next looked at: its latency is hidden.
   __device__ void fetch() {
-    if (!exact()) page_ = p_.block_table[int64_t{seq_} * p_.table_stride + page_of(unit_)];
+    if (kFetches && !exact()) page_ = p_.block_table[int64_t{seq_} * p_.table_stride + page_of(unit_)];
   }
 
   const PagedDecode& p_;
   int seq_ = 0;
   int head_ = 0;
   int unit_ = 0;  ///< units before a sliding window count, exact tokens follow the pages
-  int end_ = 0;   ///< of the (sequence, kv head)
+  int pages_end_ = 0;  ///< of the (sequence, kv head)
   int32_t page_ = 0;
 };
 
@@ -285,7 +309,7 @@ struct PartsView {
 
 /// Parts of one query head, in shared or global memory: lane i of a warp knows where part i lies.
 struct PartsOfHead {
-  static constexpr int kMost = 20;  ///< what a kv head of one long sequence has, where a GPU's 132 blocks share eight of them
+  static constexpr int kMost = 16;  ///< more take registers that there are not
   int count;              ///< at least 1; lanes from here on know the last part
   const float2* softmax;  ///< maximum and sum
   const float4* row;      ///< weighted values
@@ -405,7 +429,8 @@ class PagedDecodeKernel {
   static constexpr int kWarpBytes = kUsedBytes > kPartBytes ? kUsedBytes : kPartBytes;
   static_assert(kStageBytes % 128 == 0 && kStages >= 2);
 
-  using Cursor = UnitCursor<Pages::kUnitTokens, kPageTokens>;
+  template <bool kFetches>
+  using Cursor = UnitCursor<Pages::kUnitTokens, kPageTokens, kFetches>;
   using State = WarpState<kHeadDim, kSets>;
   using Parts = PartsView<kHeadDim, kSets>;
 
@@ -418,6 +443,7 @@ class PagedDecodeKernel {
 
   /// What the warps of a block tell each other, behind their stages.
   struct Board {
+    UnitsOf units[kWarps];  ///< that each warp attends to
     PartSlots slots[kWarps][kPairs];
     int first[kWarps];          ///< segment with which the share begins
     int last[kWarps];           ///< segment in which it ends, or -1 where there is no share
@@ -450,6 +476,7 @@ class PagedDecodeKernel {
       const unsigned next = left & (left - 1);
       const int end = next != 0 ? __ffs(static_cast<int>(next)) - 1 : __popc(there);
       const int slot = PartSlots::slot_of_block(static_cast<int>(blockIdx.x), board.last[first]);
+#pragma unroll 1
       for (int h = 0; h < p.n_q; ++h) {
         if (turn == 0) combine(parts, shared + first * kWarpBytes, end - first, slot, h);
         turn = turn == 0 ? kWarps - 1 : turn - 1;
@@ -472,6 +499,7 @@ class PagedDecodeKernel {
         const int of = __ffs(static_cast<int>(some)) - 1;
         for (unsigned left = board.complete[of]; left != 0; left &= left - 1) {
           const PartSlots& slots = board.slots[of][__ffs(static_cast<int>(left)) - 1];
+#pragma unroll 1
           for (int h = 0; h < p.n_q; ++h) {
             if (turn == 0) merge_parts(p, parts, slots, h);
             turn = turn == 0 ? kWarps - 1 : turn - 1;
@@ -489,8 +517,8 @@ class PagedDecodeKernel {
   struct Pipeline {
     const PagedDecode& p;
     std::byte* const stages;
-    Cursor here;
-    Cursor ahead;
+    Cursor<false> here;
+    Cursor<true> ahead;
     int to_copy;  ///< units
     int stage = 0;
 
@@ -508,8 +536,8 @@ class PagedDecodeKernel {
     __device__ __forceinline__ void copy_next(int into) {
       if (to_copy > 0) {
         std::byte* const to = stages + into * kStageBytes;
-        if (ahead.exact()) Exact::template copy<kValues>(p, to, ahead.at());
-        else Pages::template copy<kValues>(p, to, ahead.at());
+        if (ahead.exact()) Exact::template copy<kValues>(p, to, ahead.to_copy());
+        else Pages::template copy<kValues>(p, to, ahead.to_copy());
         if (kValues && --to_copy > 0) ahead.advance();
       }
       ptx::commit_copies();
@@ -532,11 +560,13 @@ class PagedDecodeKernel {
       else return Codec::load_query(p, here.seq(), here.head());
     }
 
-    template <typename Codec>
-    __device__ __forceinline__ void attend(int n, State& state) {
+    /// @param units of the warp's shared memory
+    template <typename Codec, bool kExact>
+    __device__ __forceinline__ void attend(int n, const UnitsOf& units, State& state) {
       typename Codec::Query query = load_query<Codec>();
       for (int i = 0; i < n; ++i) {
-        const typename Codec::Weights weights = Codec::attend_keys(p, next_piece<false>(), here.at(), query, state);
+        std::byte* const keys = next_piece<false>();
+        const typename Codec::Weights weights = Codec::attend_keys(p, keys, here.template to_attend<kExact>(units), query, state);
         Codec::add_values(next_piece<true>(), weights, state);
         here.advance();
       }
@@ -577,7 +607,7 @@ class PagedDecodeKernel {
     const int lane = static_cast<int>(threadIdx.x % kWarp);
     int left = share.end - share.begin;
     Pipeline pipeline(p, share.begin, left, mine);
-    const Cursor& here = pipeline.here;
+    const Cursor<false>& here = pipeline.here;
     const auto segment_here = [&] { return 2 * (here.seq() * p.n_kv_heads + here.head()) + (here.exact() ? 1 : 0); };
     // What the end wants to know, while the first copies are under way.
     if (lane == 0) board.first[warp] = segment_here();
@@ -588,8 +618,10 @@ class PagedDecodeKernel {
       const bool exact = here.exact();
       const int n = min(left, here.left_of_kind());
       const int segment = segment_here();
-      if (exact) pipeline.template attend<Exact>(n, state);
-      else pipeline.template attend<Pages>(n, state);
+      if (lane == 0) board.units[warp] = here.units();
+      __syncwarp();
+      if (exact) pipeline.template attend<Exact, true>(n, board.units[warp], state);
+      else pipeline.template attend<Pages, false>(n, board.units[warp], state);
       left -= n;
       if (left == 0) {
         ptx::wait_copies<0>();

@@ -17,7 +17,7 @@ inline constexpr int kPagedTokens = 128;  ///< of a page
 inline constexpr int kLargeShared = 226 * 1024;
 inline constexpr int kSmallShared = 98 * 1024;
 /// Of it, for a warp, what is no stage: see PagedDecodeKernel::Board.
-inline constexpr int kBoardBytes = 160;
+inline constexpr int kBoardBytes = 176;
 
 template <typename Kernel>
 __global__ void __launch_bounds__(Kernel::kThreads, 1) paged_decode_kernel(const __grid_constant__ PagedDecode p) {

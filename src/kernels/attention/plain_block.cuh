@@ -61,8 +61,9 @@ struct PlainBlock {
   static __device__ __forceinline__ void copy(const PagedDecode& p, std::byte* stage, const UnitAt& at) {
     const int lane = static_cast<int>(threadIdx.x % kWarp);
     const int blocks = kOfPage ? kPageTokens / 16 : p.exact_blocks;
-    const int64_t block = (int64_t{at.head} + (kValues ? p.n_kv_heads * kHeads : 0)) * blocks + at.piece;
-    const std::byte* const from = at.bytes + block * kStageBytes;
+    // Pages have less than 2^31 bytes.
+    const int block = (at.head + (kValues ? p.n_kv_heads * kHeads : 0)) * blocks + at.piece;
+    const std::byte* const from = at.bytes + static_cast<unsigned>(block * kStageBytes);
     constexpr int kRow = kHeadDim / 8;
     const int first = kValues ? value_place(lane / kRow, lane % kRow) : key_place(lane);
 #pragma unroll

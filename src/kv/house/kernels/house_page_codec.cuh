@@ -169,16 +169,16 @@ struct HousePageCodec {
   }
   static __device__ __forceinline__ int value_place(int row, int piece) { return row * kValueRow + (piece ^ value_reader(row) << 1); }
 
-  /// Right operands of the shift for a unit's page.
+  /// Right operands of the shift for a unit's page: fewer than 2^32, or they would take as much memory as a GPU has.
   static __device__ __forceinline__ const uint2* shift_queries(const PagedDecode& p, const UnitAt& at) {
-    return p.shift.queries + ((int64_t{at.seq} * p.n_kv_heads + at.head) * p.shift.pages + at.page) * p.shift.n_steps * (kSets * kWarp);
+    return p.shift.queries + static_cast<unsigned>(((at.seq * p.n_kv_heads + at.head) * p.shift.pages + at.page) * p.shift.n_steps * (kSets * kWarp));
   }
 
   /// Scales, of keys and of values, come with the keys, and so do the right operands of a shift's first step.
   template <bool kValues>
   static __device__ __forceinline__ void copy(const PagedDecode& p, std::byte* stage, const UnitAt& at) {
     const int lane = static_cast<int>(threadIdx.x % kWarp);
-    const std::byte* const head = at.bytes + int64_t{at.head} * kHeadBytes;
+    const std::byte* const head = at.bytes + static_cast<unsigned>(at.head * kHeadBytes);  // pages have less than 2^31 bytes
     constexpr int kKeyPieces = kKeyBytes / 16;
     constexpr int kValuePieces = kValueBytes / 16;
     constexpr int kScalePieces = kScaleBytes / 16;
@@ -230,7 +230,7 @@ struct HousePageCodec {
     float scale[kSets];  // of head t, in log 2
 #pragma unroll
     for (int s = 0; s < kSets; ++s)
-      scale[s] = 4 * s + t < p.n_q ? p.shift.norm[(int64_t{at.seq} * p.n_kv_heads + at.head) * p.n_q + 4 * s + t] * kLog2e : 0.0F;
+      scale[s] = 4 * s + t < p.n_q ? p.shift.norm[(at.seq * p.n_kv_heads + at.head) * p.n_q + 4 * s + t] * kLog2e : 0.0F;
     constexpr int kOperands = kUnitTokens / 16;
     const uint4* turns = p.shift.turns + (at.head * p.shift.n_steps * kUnits + at.piece) * (2 * kOperands * kWarp) + lane;
     uint2 b[kSets];
