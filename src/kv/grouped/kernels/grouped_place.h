@@ -2,7 +2,6 @@
 
 #include <cstring>
 
-#include "base/host_device.h"
 #include "kv/grouped/kernels/grouped_page.h"
 
 // Where codes, scales and zero points lie in a page, one at a time.
@@ -45,20 +44,20 @@ constexpr int64_t scale_place(const GroupedPageLayout& l, int head, bool key, in
   return head * l.head_bytes() + l.scale_offset(key) + (group * l.page_tokens() + token) * side.scale_bytes();
 }
 
-ROTUNDA_HOST_DEVICE inline uint32_t read_word(const std::byte* at) {
+inline uint32_t read_word(const std::byte* at) {
   uint32_t word;
   std::memcpy(&word, at, 4);
   return word;
 }
 
-ROTUNDA_HOST_DEVICE inline void write_bits(std::byte* at, int shift, uint32_t mask, uint32_t bits) {
+inline void write_bits(std::byte* at, int shift, uint32_t mask, uint32_t bits) {
   const uint32_t word = (read_word(at) & ~(mask << shift)) | (bits & mask) << shift;
   std::memcpy(at, &word, 4);
 }
 
 /// A code put together of its planes. @param place of a plane by its width
 template <typename Place>
-ROTUNDA_HOST_DEVICE uint32_t read_code(const std::byte* page, int bits, const Place& place) {
+uint32_t read_code(const std::byte* page, int bits, const Place& place) {
   uint32_t code = 0;
   for (int width = kWidestPlane; width > 0; width /= 2) {
     if (!has_plane(bits, width)) continue;
@@ -69,7 +68,7 @@ ROTUNDA_HOST_DEVICE uint32_t read_code(const std::byte* page, int bits, const Pl
 }
 
 template <typename Place>
-ROTUNDA_HOST_DEVICE void write_code(std::byte* page, int bits, uint32_t code, const Place& place) {
+void write_code(std::byte* page, int bits, uint32_t code, const Place& place) {
   for (int width = kWidestPlane; width > 0; width /= 2) {
     if (!has_plane(bits, width)) continue;
     const CodePlace at = place(width);
@@ -77,7 +76,7 @@ ROTUNDA_HOST_DEVICE void write_code(std::byte* page, int bits, uint32_t code, co
   }
 }
 
-ROTUNDA_HOST_DEVICE inline uint32_t read_code(const GroupedPageLayout& l, const std::byte* page, bool key, int head, int64_t token,
+inline uint32_t read_code(const GroupedPageLayout& l, const std::byte* page, bool key, int head, int64_t token,
                           int channel) {
   return read_code(page, key ? l.key.bits : l.value.bits, [&](int width) {
     return key ? key_place(l, head, width, token, channel) : value_place(l, head, width, token, channel);
