@@ -1,10 +1,10 @@
-// Whole decode steps on a GPU: a model of a known shape with random weights, over a cache filled with random keys and values. Every cache
-// format at every batch size, and, with --largest, at the largest batch that fits the memory and at the one that all formats hold. Steps
+// Whole decode steps, or with --prefill whole prompts, on a GPU: a model of a known shape with random weights, over a cache filled with
+// random keys and values. Every cache format at every batch size, and, with --largest, at the largest batch that fits the memory and at the one that all formats hold. Steps
 // are timed as a user has them, by the clock of the host, from the tokens in to the next tokens out. Prints a table; --json FILE writes
 // everything.
 //
 //   decode_cuda [--shape llama3-8b] [--dtype bf16] [--kv bf16,rotunda2] [--context 4096] [--batch 1,8] [--largest] [--steps 64]
-//               [--memory 0.9] [--json FILE]
+//               [--prefill] [--chunk 4096] [--memory 0.9] [--json FILE]
 
 #include <ATen/ATen.h>
 #include <c10/core/GradMode.h>
@@ -25,6 +25,7 @@
 
 #include "base/check.h"
 #include "engine/kv_binding.h"
+#include "engine/step.h"
 #include "engine/step_graphs_cuda.h"
 #include "kv/kv_registry.h"
 #include "model/decoder/decoder_lm.h"
@@ -71,6 +72,7 @@ struct Options {
   int64_t steps = 64;
   int64_t chunk = 4096;
   bool largest = false;
+  bool prefill = false;
   double memory = 0.9;
   std::string json;
 };
@@ -176,6 +178,35 @@ Row measure(const engine::KvBinding& binding, int64_t batch, const Options& opti
   return row;
 }
 
+// A prompt as long as the context, through model and cache, of one sequence after the other: the first one warms up.
+Row measure_prefill(const engine::KvBinding& binding, const Options& options) {
+  const kv::KvModel& kv_model = binding.model->info().kv;
+  Row row;
+  row.kv = binding.requested.to_string();
+  row.batch = 1;
+  const auto cache = binding.make_cache();
+  const std::vector<int64_t> tokens(static_cast<size_t>(options.context), 1);
+  std::vector<double> ms;
+  constexpr int kRuns = 6;
+  for (int run = 0; run < kRuns; ++run) {
+    const engine::SequenceGuard seq(*cache, cache->create());
+    ops::synchronize(kv_model.device);
+    const auto start = Clock::now();
+    const at::Tensor hidden = engine::run_prefill(*binding.model, *cache, seq.id(), tokens, options.chunk, nullptr);
+    binding.model->logits(hidden.narrow(0, hidden.size(0) - 1, 1));
+    ops::synchronize(kv_model.device);
+    if (run > 0) ms.push_back(1e3 * seconds_since(start));
+    row.cache_bytes = cache->usage().cache_bytes();
+  }
+  std::sort(ms.begin(), ms.end());
+  row.step_ms = ms[ms.size() / 2];
+  row.low_ms = ms.front();
+  row.high_ms = ms.back();
+  const auto stats = c10::cuda::CUDACachingAllocator::getDeviceStats(kv_model.device.index());
+  row.peak_bytes = stats.allocated_bytes[static_cast<size_t>(c10::CachingAllocator::StatType::AGGREGATE)].peak;
+  return row;
+}
+
 // The batch that planned bytes let fit, at most.
 int64_t planned_batch(const engine::KvBinding& binding, const Options& options) {
   const kv::KvModel& kv_model = binding.model->info().kv;
@@ -211,6 +242,7 @@ int run(int argc, char** argv) {
   app.add_option("--steps", options.steps, "Steps timed")->capture_default_str();
   app.add_option("--chunk", options.chunk, "Tokens of a chunk when the cache is filled")->capture_default_str();
   app.add_flag("--largest", options.largest, "Also the largest batch of each format, and the first format's largest for all");
+  app.add_flag("--prefill", options.prefill, "Prompts of --context tokens, --chunk at a time, instead of decode steps");
   app.add_option("--memory", options.memory, "Share of the GPU's memory that weights and cache may take")
       ->capture_default_str();
   app.add_option("--json", options.json, "Write everything to this file");
@@ -239,6 +271,13 @@ int run(int argc, char** argv) {
     // Made anew for each format, the same each time: what a format has fused then stands for the originals, not beside them.
     at::manual_seed(1);
     const engine::KvBinding binding = bind_model(model::make_random_decoder_lm(config, load), specs[s]);
+    if (options.prefill) {
+      const Row row = measure_prefill(binding, options);
+      print(row, s == 0 ? nullptr : &first_at.at(1));
+      results.push_back(json_of(row));
+      if (s == 0) first_at.emplace(1, row);
+      continue;
+    }
     std::set<int64_t> batches(options.batches.begin(), options.batches.end());
     const int64_t most = planned_batch(binding, options);
     if (options.largest) {

@@ -327,8 +327,7 @@ class CacheCuda final : public PagedCache {
     if (prefill.first_new < prefill.end_new) {
       const int64_t from = prefill.first_new - chunk.first;
       const int64_t count = prefill.end_new - prefill.first_new;
-      // packable() may write to its keys, and the window wants them as they are.
-      store(k.narrow(0, from, count).clone(), v.narrow(0, from, count), prefill.new_pairs, prefill.cos.narrow(0, from, count),
+      store(k.narrow(0, from, count), v.narrow(0, from, count), prefill.new_pairs, prefill.cos.narrow(0, from, count),
             prefill.sin.narrow(0, from, count), prefill.positions.narrow(0, from, count));
     }
     if (!has_window()) return;
@@ -347,11 +346,11 @@ class CacheCuda final : public PagedCache {
     if (choose) {
       // As LayerSinks::choose: any of the n largest entries belongs to one of the n tokens with the largest maxima.
       const at::Tensor running = places_->magnitudes()[place][layer];
-      const at::Tensor magnitude = hidden.abs().to(at::kFloat);
-      const at::Tensor candidates = std::get<1>(magnitude.amax(1).topk(std::min<int64_t>(exact_.sinks, chunk.n_tokens)));
-      const at::Tensor flat = magnitude.index_select(0, candidates).flatten();
+      const auto [low, high] = at::aminmax(hidden, /*dim=*/1);
+      const at::Tensor candidates = std::get<1>(at::maximum(high, -low).topk(std::min<int64_t>(exact_.sinks, chunk.n_tokens)));
+      const at::Tensor flat = hidden.index_select(0, candidates).abs().to(at::kFloat).flatten();
       const auto [values, indices] = flat.topk(std::min<int64_t>(exact_.sinks, flat.numel()));
-      const at::Tensor positions = candidates.index_select(0, indices.div(magnitude.size(1), "floor")) + chunk.first;
+      const at::Tensor positions = candidates.index_select(0, indices.div(hidden.size(1), "floor")) + chunk.first;
       const auto [sorted, order] = at::cat({running, values}).sort(/*stable=*/true, /*dim=*/0, /*descending=*/true);
       entries.copy_(at::cat({entries, positions}).index_select(0, order.narrow(0, 0, exact_.sinks)));
       running.copy_(sorted.narrow(0, 0, exact_.sinks));

@@ -43,7 +43,7 @@ class PageCodecCuda {
   virtual at::Tensor within_chunk(const at::Tensor& x) const { return x; }
 
   /// Rows for store() out of keys after RoPE, of one layer or of several.
-  /// @param first_layer of the N layers   @param turned [N, T, n_kv_heads, head_dim] fp32, contiguous, attention factor in; may be overwritten
+  /// @param first_layer of the N layers   @param turned [N, T, n_kv_heads, head_dim] fp32, contiguous, attention factor in
   /// @param cos, sin [T, head_dim / 2] fp32, what the keys were turned by, attention factor in
   /// @param positions [T] int32 or int64 of these tokens, on the GPU
   /// @return [N, T, kv_channels] fp32, contiguous

@@ -79,8 +79,10 @@ class HouseCodecCuda final : public PageCodecCuda {
 
   at::Tensor packable(int first_layer, const at::Tensor& turned, const at::Tensor&, const at::Tensor&,
                       const at::Tensor& positions) const override {
-    add_shift(first_layer, turned, positions, -1);
-    return at::matmul(turned, hadamard_).flatten(2);
+    if (!shifts(first_layer, turned.size(0))) return at::matmul(turned, hadamard_).flatten(2);
+    const at::Tensor shifted = turned.clone();
+    add_shift(first_layer, shifted, positions, -1);
+    return at::matmul(shifted, hadamard_).flatten(2);
   }
 
   void store(int first_layer, const at::Tensor& key, const at::Tensor& value, const at::Tensor& pairs, const PagesCuda& pages,
@@ -185,10 +187,14 @@ class HouseCodecCuda final : public PageCodecCuda {
     return {angles.cos().to(at::kFloat), angles.sin().to(at::kFloat)};
   }
 
+  bool shifts(int first_layer, int64_t n_layers) const {
+    const auto first = pairs_.begin() + first_layer;
+    return std::any_of(first, first + n_layers, [](const ShiftedPairs& pairs) { return pairs.n_steps > 0; });
+  }
+
   // keys += factor mu R_n, in place. @param keys [N, T, n_kv_heads, d] fp32
   void add_shift(int first_layer, const at::Tensor& keys, const at::Tensor& positions, double factor) const {
-    const auto first = pairs_.begin() + first_layer;
-    if (std::all_of(first, first + keys.size(0), [](const ShiftedPairs& pairs) { return pairs.n_steps == 0; })) return;
+    if (!shifts(first_layer, keys.size(0))) return;
     const std::vector<at::Tensor> turn = turns(positions);
     const at::Tensor cos = turn[0].unsqueeze(1), sin = turn[1].unsqueeze(1);  // [T, 1, d / 2]
     const int64_t half = layout_.head_dim / 2;

@@ -47,13 +47,13 @@ struct HouseLayer {
 };
 
 /// Quantizes up to 16 consecutive tokens that lie in one block. Per token and head, all in fp32, sums over channels in
-/// ascending order, products rounded before they are added (no fused step), so that every instruction set gives the same bytes:
+/// ascending order, products rounded before they are added but for one fused step, so that every instruction set gives the same bytes:
 ///   1. e = sum y^2; e / d = 0 (also by underflow): scale 0, every code value +1.   r = sqrt(e / d).
 ///   2. For each candidate step t = candidate * r: q = clamp(floor(y * (0.5 / t) + 2^(b-1)), 0, 2^b - 1), c = 2 q - (2^b - 1),
 ///      yc = sum y c, cc = sum c^2. The codes with the largest yc^2 / cc win, the first of equals.
 ///   3. Keys with feedback: the winner's step and others near it are tried, 0.5 / t times each of kFeedbackTries, and each time for itself: the codes
 ///      of y by that step give s = yc / cc; then x = y, cost = 0; for i = 0 .. d - 1: q_i, c_i from x_i; f = x_i - s c_i;
-///      cost += (f f) * feedback(i, i); x_j -= f * feedback(i, j) for j > i. The codes of least cost win, the first of equals: cost is
+///      cost += (f f) * feedback(i, i); x_j = fma(-f, feedback(i, j), x_j) for j > i. The codes of least cost win, the first of equals: cost is
 ///      what queries are expected to see of the error. Then yc = sum y c and cc = sum c^2 anew with the original y; where yc is not
 ///      above 0, the codes of step 2 stay.
 ///   4. scale = fp16(e / yc), or fp16(yc / cc) by ScaleRule::kLeastSquares; where it underflows to 0, the smallest fp16 above 0.

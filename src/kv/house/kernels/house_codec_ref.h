@@ -172,8 +172,7 @@ inline bool quantize_ref(int bits, ScaleRule rule, const float* y, int d, const 
         const float seen = square * feedback[static_cast<size_t>(i) * d + i];
         cost += seen;
         for (int j = i + 1; j < d; ++j) {
-          const float product = f * feedback[static_cast<size_t>(i) * d + j];
-          x[j] -= product;
+          x[j] = std::fma(-f, feedback[static_cast<size_t>(i) * d + j], x[j]);
         }
       }
       if (q.empty() || cost < least) {

@@ -222,12 +222,10 @@ struct HousePageCodec {
       scale[s] = 4 * s + t < p.n_q ? p.shift.norm[(int64_t{at.seq} * p.n_kv_heads + at.head) * p.n_q + 4 * s + t] * kLog2e : 0.0F;
     constexpr int kOperands = kUnitTokens / 16;
     const uint4* turns = p.shift.turns + (at.head * p.shift.n_steps * kUnits + at.piece) * (2 * kOperands * kWarp) + lane;
-    const uint2* of_first = reinterpret_cast<const uint2*>(stage + kShiftAt);
-    for (int step = 0; step < p.shift.n_steps; ++step) {
-      const uint2* const queries = (step == 0 ? of_first : shift_queries(p, at) + step * (kSets * kWarp)) + lane;
-      uint2 b[kSets];
+    uint2 b[kSets];
 #pragma unroll
-      for (int s = 0; s < kSets; ++s) b[s] = queries[s * kWarp];
+    for (int s = 0; s < kSets; ++s) b[s] = reinterpret_cast<const uint2*>(stage + kShiftAt)[s * kWarp + lane];
+    for (int step = 0;;) {
 #pragma unroll
       for (int i = 0; i < kOperands; ++i) {
         const uint4 number = turns[2 * i * kWarp];
@@ -246,7 +244,10 @@ struct HousePageCodec {
           }
         }
       }
+      if (++step == p.shift.n_steps) break;
       turns += kUnits * 2 * kOperands * kWarp;
+#pragma unroll
+      for (int s = 0; s < kSets; ++s) b[s] = shift_queries(p, at)[(step * kSets + s) * kWarp + lane];
     }
   }
 

@@ -28,7 +28,7 @@ class FeedbackPanels {
 };
 
 /// Packs the keys, or the values, of one kv head in the order and with the roundings of house_codec.h, so that the bytes are those of every
-/// other machine; nothing here may be fused but what is exact (hence the intrinsics, which the compiler leaves alone).
+/// other machine; nothing here may be fused but what is exact or says so (hence the intrinsics, which the compiler leaves alone).
 ///
 /// A lane goes through the channels of its token one after the other. Where there are many tokens (kTokens = 32) a warp takes a pair of
 /// blocks, a token a lane, and a lane makes kTries tries of feedback at once, which share what is read of the triangle. Where there are few
@@ -395,7 +395,7 @@ class HouseStoreWarp {
       for (int k = 0; k < 4; ++k) {
         if (j + k < kFrom) continue;
 #pragma unroll
-        for (int i = 0; i < kNow; ++i) t.x[i][j + k] = __fsub_rn(t.x[i][j + k], __fmul_rn(f[i], four[k]));
+        for (int i = 0; i < kNow; ++i) t.x[i][j + k] = __fmaf_rn(-f[i], four[k], t.x[i][j + k]);
       }
     }
   }

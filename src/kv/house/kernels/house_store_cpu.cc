@@ -64,7 +64,25 @@ using kernels::HWY_NAMESPACE::LaneVec;
 using WordTag = hn::RebindToUnsigned<LaneTag>;
 using WordVec = hn::Vec<WordTag>;
 
-// Every product here is rounded before it is added (Mul, then Add): all instruction sets give the same bytes. Sums of c^2 are exact.
+// Every product here is rounded before it is added (Mul, then Add), but for what feedback passes on, which is fused: all instruction sets
+// give the same bytes. Sums of c^2 are exact.
+
+/// x - f u, rounded once.
+HWY_INLINE LaneVec PassOn(LaneVec f, LaneVec u, LaneVec x) {
+#if HWY_NATIVE_FMA
+  return hn::NegMulAdd(f, u, x);
+#else
+  const LaneTag d;
+  HWY_ALIGN float of_f[kLanes];
+  HWY_ALIGN float of_u[kLanes];
+  HWY_ALIGN float of_x[kLanes];
+  hn::Store(f, d, of_f);
+  hn::Store(u, d, of_u);
+  hn::Store(x, d, of_x);
+  for (size_t i = 0; i < kLanes; ++i) of_x[i] = std::fma(-of_f[i], of_u[i], of_x[i]);
+  return hn::Load(d, of_x);
+#endif
+}
 
 /// The code of y as a float. A NaN becomes 0: Max returns its second argument then.
 template <int kBits>
@@ -203,7 +221,7 @@ HWY_NOINLINE void FeedBack(const StoreWork& work, const float* HWY_RESTRICT feed
       const LaneVec f = hn::Load(d, residual + i * kTokenBlock);
       const float* const row = feedback + int64_t{i} * head_dim + base;
       HWY_UNROLL(16)
-      for (int k = 0; k < kPanel; ++k) x[k] = hn::Sub(x[k], hn::Mul(f, hn::Set(d, row[k])));
+      for (int k = 0; k < kPanel; ++k) x[k] = PassOn(f, hn::Set(d, row[k]), x[k]);
     }
     HWY_UNROLL(16)
     for (int i = 0; i < kPanel; ++i) {
@@ -214,7 +232,7 @@ HWY_NOINLINE void FeedBack(const StoreWork& work, const float* HWY_RESTRICT feed
       const float* const row = feedback + int64_t{base + i} * head_dim + base;
       cost = hn::Add(cost, hn::Mul(hn::Mul(f, f), hn::Set(d, row[i])));
       HWY_UNROLL(16)
-      for (int k = i + 1; k < kPanel; ++k) x[k] = hn::Sub(x[k], hn::Mul(f, hn::Set(d, row[k])));
+      for (int k = i + 1; k < kPanel; ++k) x[k] = PassOn(f, hn::Set(d, row[k]), x[k]);
     }
   }
   hn::Store(cost, d, work.cost + lane);
@@ -257,7 +275,7 @@ HWY_NOINLINE void FeedBackRows(const StoreWork& work, const StoreLane* rows, int
         const float* const row = table[r] + int64_t{base + i} * head_dim + base;
         cost[r] = hn::Add(cost[r], hn::Mul(hn::Mul(residual, residual), hn::Set(d, row[i])));
         // Lanes up to i are done with; what the table holds for them does not matter.
-        v[r] = hn::Sub(v[r], hn::Mul(residual, hn::LoadU(d, row)));
+        v[r] = PassOn(residual, hn::LoadU(d, row), v[r]);
       }
     }
     for (int c = base + kLanes; c < head_dim; c += kLanes) {
@@ -266,7 +284,7 @@ HWY_NOINLINE void FeedBackRows(const StoreWork& work, const StoreLane* rows, int
       for (int i = 0; i < kLanes; ++i) {
         HWY_UNROLL(4)
         for (int r = 0; r < kRows; ++r) {
-          v[r] = hn::Sub(v[r], hn::Mul(hn::Set(d, f[i][r]), hn::LoadU(d, table[r] + int64_t{base + i} * head_dim + c)));
+          v[r] = PassOn(hn::Set(d, f[i][r]), hn::LoadU(d, table[r] + int64_t{base + i} * head_dim + c), v[r]);
         }
       }
       HWY_UNROLL(4)
