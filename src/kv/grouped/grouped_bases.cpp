@@ -79,4 +79,20 @@ at::Tensor spread_eigenvectors(const at::Tensor& moment) {
   return at::matmul(spread, hadamard_matrix(static_cast<int>(d), at::kDouble)).to(at::kFloat);
 }
 
+std::map<std::string, std::string> codes_settings(const GroupedPageLayout& layout, const std::vector<HeadBasis>& key_bases) {
+  // FNV-1a. The upper 16 bits alone: a calibration may end in other low bits elsewhere.
+  uint64_t hash = 14695981039346656037ULL;
+  for (const HeadBasis& basis : key_bases) {
+    const at::Tensor matrix = basis.matrix();
+    if (!matrix.defined()) continue;
+    const at::Tensor flat = matrix.contiguous();
+    for (int64_t i = 0; i < flat.numel(); ++i)
+      hash = (hash ^ ((std::bit_cast<uint32_t>(flat.const_data_ptr<float>()[i]) + 0x8000U) >> 16)) * 1099511628211ULL;
+  }
+  return {{"rotunda.key_bits", std::to_string(layout.key.bits)},
+          {"rotunda.value_bits", std::to_string(layout.value.bits)},
+          {"rotunda.group", std::to_string(layout.key.group)},
+          {"rotunda.basis_hash", std::to_string(hash)}};
+}
+
 }  // namespace rotunda::kv::grouped

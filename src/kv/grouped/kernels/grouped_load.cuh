@@ -34,6 +34,7 @@ class GroupedLoadBlock {
       const int group = channel / side.group;
       uint32_t codes[kChannels] = {};
       uint32_t zero = 0;
+#pragma unroll
       for (int width = kWidestPlane; width > 0; width /= 2) {
         if (!has_plane(side.bits, width)) continue;
         if (is_key) add_key_plane(l, bytes, head, width, token, channel, codes);

@@ -67,6 +67,12 @@ struct GroupedPageLayout {
   constexpr int64_t head_bytes() const { return (zero_offset(false) + zero_bytes(value) + 63) / 64 * 64; }
   constexpr int64_t page_bytes() const { return n_kv_heads * head_bytes(); }
 
+  /// Of a token, all heads; scales with zero points.
+  constexpr int64_t codes_bytes_per_token() const { return n_kv_heads * (key_codes_bytes() + value_codes_bytes()) / page_tokens(); }
+  constexpr int64_t scale_bytes_per_token() const {
+    return n_kv_heads * (scale_bytes(key) + scale_bytes(value) + zero_bytes(key) + zero_bytes(value)) / page_tokens();
+  }
+
   /// Byte offsets within a head. `width` 0: the end of all planes.
   constexpr int64_t key_plane_offset(int width) const {
     int64_t offset = 0;
