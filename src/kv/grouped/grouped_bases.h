@@ -30,6 +30,7 @@ at::Tensor random_rotation(const KvModel& model, int layer, bool of_keys);
 at::Tensor spread_eigenvectors(const at::Tensor& moment);
 
 /// What a saved sequence must share with the cache that reads it: codes mean nothing in another basis. @param key_bases [n_layers]
-std::map<std::string, std::string> codes_settings(const GroupedPageLayout& layout, const std::vector<HeadBasis>& key_bases);
+std::map<std::string, std::string> codes_settings(const GroupedPageLayout& layout,
+                                                  const std::vector<HeadBasis>& key_bases);
 
 }  // namespace rotunda::kv::grouped

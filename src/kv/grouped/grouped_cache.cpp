@@ -17,7 +17,8 @@ class GroupedCache final : public WindowedCache {
  public:
   GroupedCache(const KvSpec& spec, const KvModel& model, const GroupedOptions& options, const GroupedPageLayout& layout,
                std::vector<HeadBasis> key_bases)
-      : WindowedCache(spec, model, options.exact, layout.page_bytes(), layout.codes_bytes_per_token(), layout.scale_bytes_per_token()),
+      : WindowedCache(spec, model, options.exact, layout.page_bytes(), layout.codes_bytes_per_token(),
+                      layout.scale_bytes_per_token()),
         layer_{layout, options.key_codec, options.value_codec},
         bases_(std::move(key_bases)) {}
 

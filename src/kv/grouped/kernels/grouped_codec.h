@@ -34,12 +34,12 @@ using LevelTable = std::array<int8_t, 16>;
 struct GroupedCodec {
   Levels levels = Levels::kInteger;
   Rule rule = Rule::kMinMax;
-  LevelTable table = {};  ///< kTable
-  float unit = 1.0F;              ///< an element is (scale * unit, rounded to fp32) * integer
-  float clip = 1.0F;              ///< kMinMax: factor on the smallest and the largest element
-  bool symmetric = false;         ///< kBlockFloat: no mantissa -2^(m - 1)
-  bool carry = false;             ///< kBlockFloat: the next exponent where it costs less than saturating
-  bool keep_length = false;       ///< kNorm: the scale makes the decoded group as long as x; else it is the root mean square
+  LevelTable table = {};     ///< kTable
+  float unit = 1.0F;         ///< an element is (scale * unit, rounded to fp32) * integer
+  float clip = 1.0F;         ///< kMinMax: factor on the smallest and the largest element
+  bool symmetric = false;    ///< kBlockFloat: no mantissa -2^(m - 1)
+  bool carry = false;        ///< kBlockFloat: the next exponent where it costs less than saturating
+  bool keep_length = false;  ///< kNorm: the scale makes the decoded group as long as x; else it is the root mean square
 };
 
 /// Channels that one scale may serve at most.

@@ -61,14 +61,20 @@ struct GroupedPageLayout {
   /// Of one head:
   constexpr int64_t key_codes_bytes() const { return key_plane_offset(0); }
   constexpr int64_t value_codes_bytes() const { return value_plane_offset(0) - key_codes_bytes(); }
-  constexpr int64_t scale_bytes(const GroupedSide& side) const { return groups(side) * page_tokens() * side.scale_bytes(); }
-  constexpr int64_t zero_bytes(const GroupedSide& side) const { return side.zeros ? groups(side) * zero_group_bytes(side) : 0; }
+  constexpr int64_t scale_bytes(const GroupedSide& side) const {
+    return groups(side) * page_tokens() * side.scale_bytes();
+  }
+  constexpr int64_t zero_bytes(const GroupedSide& side) const {
+    return side.zeros ? groups(side) * zero_group_bytes(side) : 0;
+  }
   constexpr int64_t zero_group_bytes(const GroupedSide& side) const { return page_tokens() * side.bits / 8; }
   constexpr int64_t head_bytes() const { return (zero_offset(false) + zero_bytes(value) + 63) / 64 * 64; }
   constexpr int64_t page_bytes() const { return n_kv_heads * head_bytes(); }
 
   /// Of a token, all heads; scales with zero points.
-  constexpr int64_t codes_bytes_per_token() const { return n_kv_heads * (key_codes_bytes() + value_codes_bytes()) / page_tokens(); }
+  constexpr int64_t codes_bytes_per_token() const {
+    return n_kv_heads * (key_codes_bytes() + value_codes_bytes()) / page_tokens();
+  }
   constexpr int64_t scale_bytes_per_token() const {
     return n_kv_heads * (scale_bytes(key) + scale_bytes(value) + zero_bytes(key) + zero_bytes(value)) / page_tokens();
   }
@@ -77,8 +83,7 @@ struct GroupedPageLayout {
   constexpr int64_t key_plane_offset(int width) const {
     int64_t offset = 0;
     for (int wider = kWidestPlane; wider > width; wider /= 2) {
-      if (has_plane(key.bits, wider))
-        offset += int64_t{blocks_per_page} * key_words(wider) * kTokenBlock * 4;
+      if (has_plane(key.bits, wider)) offset += int64_t{blocks_per_page} * key_words(wider) * kTokenBlock * 4;
     }
     return offset;
   }

@@ -9,13 +9,13 @@ namespace rotunda::kv::grouped {
 
 namespace {
 
-__global__ void __launch_bounds__(GroupedStoreBlock::kThreads) store_kernel(const __grid_constant__ GroupedStoreBatch p) {
+__global__ void __launch_bounds__(GroupedStoreBlock::kMaxThreads) store_kernel(const __grid_constant__ GroupedStoreBatch p) {
   extern __shared__ __align__(16) std::byte shared[];
   GroupedStoreBlock::run(p, shared);
 }
 
 template <typename T>
-__global__ void __launch_bounds__(GroupedLoadBlock<T>::kThreads) load_kernel(const __grid_constant__ GroupedLoadPages p) {
+__global__ void __launch_bounds__(GroupedLoadBlock<T>::kThreads, 2) load_kernel(const __grid_constant__ GroupedLoadPages p) {
   GroupedLoadBlock<T>::run(p);
 }
 
@@ -28,7 +28,7 @@ cudaError_t grouped_store_cuda(const GroupedStoreBatch& params, cudaStream_t str
   const int head_dim = params.layer.layout.head_dim;
   if (head_dim < 16 || head_dim % 16 != 0 || head_dim > kMaxStoredHeadDim) return cudaErrorInvalidValue;
   if (params.n_pairs == 0 || params.n_layers == 0) return cudaSuccess;
-  store_kernel<<<static_cast<unsigned>(GroupedStoreBlock::blocks(params)), GroupedStoreBlock::kThreads,
+  store_kernel<<<static_cast<unsigned>(GroupedStoreBlock::blocks(params)), static_cast<unsigned>(GroupedStoreBlock::threads(params.layer.layout)),
                  static_cast<size_t>(GroupedStoreBlock::shared_bytes(head_dim)), stream>>>(params);
   return cudaGetLastError();
 }

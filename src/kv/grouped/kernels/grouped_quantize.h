@@ -35,7 +35,8 @@ ROTUNDA_HOST_DEVICE inline float scale_value(const GroupedSide& side, uint16_t b
 }
 
 /// The integer that a code stands for, without zero point and unit; kE4m3: the number itself.
-ROTUNDA_HOST_DEVICE inline double level(const GroupedSide& side, const GroupedCodec& codec, uint32_t code, uint32_t zero) {
+ROTUNDA_HOST_DEVICE inline double level(const GroupedSide& side, const GroupedCodec& codec, uint32_t code,
+                                        uint32_t zero) {
   switch (codec.levels) {
     case Levels::kInteger:
       return static_cast<int>(code) - static_cast<int>(side.zeros ? zero : 1u << (side.bits - 1));
@@ -62,8 +63,8 @@ ROTUNDA_HOST_DEVICE inline std::optional<uint16_t> fp16_scale(float scale) {
   return bits;
 }
 
-ROTUNDA_HOST_DEVICE inline std::optional<GroupScale> min_max(const GroupedSide& side, const GroupedCodec& codec, const float* x,
-                                         uint8_t* codes) {
+ROTUNDA_HOST_DEVICE inline std::optional<GroupScale> min_max(const GroupedSide& side, const GroupedCodec& codec,
+                                                             const float* x, uint8_t* codes) {
   float high = 0.0F;  // zero is always among what can be decoded
   float low = 0.0F;
   for (int i = 0; i < side.group; ++i) {
@@ -81,8 +82,8 @@ ROTUNDA_HOST_DEVICE inline std::optional<GroupScale> min_max(const GroupedSide& 
 }
 
 /// Mantissas under step 2^exponent, and their squared error over that of the step.
-ROTUNDA_HOST_DEVICE inline double mantissas(const GroupedSide& side, const GroupedCodec& codec, const float* x, int exponent,
-                        uint8_t* codes) {
+ROTUNDA_HOST_DEVICE inline double mantissas(const GroupedSide& side, const GroupedCodec& codec, const float* x,
+                                            int exponent, uint8_t* codes) {
   const double top = power_of_two(side.bits - 1);
   const double inverse = power_of_two(-exponent);
   double error = 0.0;
@@ -95,8 +96,8 @@ ROTUNDA_HOST_DEVICE inline double mantissas(const GroupedSide& side, const Group
   return error;
 }
 
-ROTUNDA_HOST_DEVICE inline std::optional<GroupScale> block_float(const GroupedSide& side, const GroupedCodec& codec, const float* x,
-                                             float largest, uint8_t* codes) {
+ROTUNDA_HOST_DEVICE inline std::optional<GroupScale> block_float(const GroupedSide& side, const GroupedCodec& codec,
+                                                                 const float* x, float largest, uint8_t* codes) {
   if (largest == 0.0F) {
     for (int i = 0; i < side.group; ++i) codes[i] = static_cast<uint8_t>(1 << (side.bits - 1));
     return GroupScale{};
@@ -159,20 +160,19 @@ ROTUNDA_HOST_DEVICE inline double element_top(const GroupedCodec& codec, int bit
   return power_of_two(bits - 1) - 1.0;
 }
 
-ROTUNDA_HOST_DEVICE inline std::optional<GroupScale> microscaling(const GroupedSide& side, const GroupedCodec& codec, const float* x,
-                                              float largest, uint8_t* codes) {
+ROTUNDA_HOST_DEVICE inline std::optional<GroupScale> microscaling(const GroupedSide& side, const GroupedCodec& codec,
+                                                                  const float* x, float largest, uint8_t* codes) {
   // The exponent of the largest element minus that of the largest number of the element format.
   const int bias = side.exponent_bias;
   const int wanted = largest == 0.0F ? -bias : exponent_of(largest) - exponent_of(element_top(codec, side.bits));
   const int exponent = std::clamp(wanted, -bias, 254 - bias);
   const double inverse = power_of_two(-exponent);
-  for (int i = 0; i < side.group; ++i)
-    codes[i] = element_code(codec, side.bits, x[i] * inverse);
+  for (int i = 0; i < side.group; ++i) codes[i] = element_code(codec, side.bits, x[i] * inverse);
   return GroupScale{static_cast<uint16_t>(exponent + bias), 0};
 }
 
-ROTUNDA_HOST_DEVICE inline std::optional<GroupScale> largest_to_top(const GroupedSide& side, const GroupedCodec& codec, const float* x,
-                                                float largest, uint8_t* codes) {
+ROTUNDA_HOST_DEVICE inline std::optional<GroupScale> largest_to_top(const GroupedSide& side, const GroupedCodec& codec,
+                                                                    const float* x, float largest, uint8_t* codes) {
   const double ratio = static_cast<double>(largest) / element_top(codec, side.bits);
   GroupScale stored;
   double divisor = 0.0;
@@ -192,7 +192,8 @@ ROTUNDA_HOST_DEVICE inline std::optional<GroupScale> largest_to_top(const Groupe
   return stored;
 }
 
-ROTUNDA_HOST_DEVICE inline std::optional<GroupScale> signed_largest(const GroupedSide& side, const float* x, uint8_t* codes) {
+ROTUNDA_HOST_DEVICE inline std::optional<GroupScale> signed_largest(const GroupedSide& side, const float* x,
+                                                                    uint8_t* codes) {
   float extreme = 0.0F;
   for (int i = 0; i < side.group; ++i)
     if (std::fabs(x[i]) > std::fabs(extreme)) extreme = x[i];
@@ -205,8 +206,8 @@ ROTUNDA_HOST_DEVICE inline std::optional<GroupScale> signed_largest(const Groupe
 }
 
 /// The levels nearest to x over its root mean square; the scale is that, or what makes the decoded group as long as x.
-ROTUNDA_HOST_DEVICE inline std::optional<GroupScale> norm(const GroupedSide& side, const GroupedCodec& codec, const float* x,
-                                      uint8_t* codes) {
+ROTUNDA_HOST_DEVICE inline std::optional<GroupScale> norm(const GroupedSide& side, const GroupedCodec& codec,
+                                                          const float* x, uint8_t* codes) {
   double energy = 0.0;
   for (int i = 0; i < side.group; ++i) energy += static_cast<double>(x[i]) * x[i];
   const double size = std::sqrt(energy / side.group);
@@ -226,8 +227,8 @@ ROTUNDA_HOST_DEVICE inline std::optional<GroupScale> norm(const GroupedSide& sid
 /// Codes one group.
 /// @param x [group]   @param codes [group]
 /// @return nothing where an element is not finite, or the scale's type cannot hold the scale
-ROTUNDA_HOST_DEVICE inline std::optional<GroupScale> quantize_group(const GroupedSide& side, const GroupedCodec& codec, const float* x,
-                                                uint8_t* codes) {
+ROTUNDA_HOST_DEVICE inline std::optional<GroupScale> quantize_group(const GroupedSide& side, const GroupedCodec& codec,
+                                                                    const float* x, uint8_t* codes) {
   float largest = 0.0F;
   for (int i = 0; i < side.group; ++i) {
     if (!std::isfinite(x[i])) return {};

@@ -13,8 +13,13 @@ namespace rotunda::kv::grouped {
 /// each word has one thread that writes it.
 class GroupedStoreBlock {
  public:
-  static constexpr int kThreads = 128;
   static constexpr int kPairTokens = 2 * kTokenBlock;
+  static constexpr int kMaxThreads = 128;
+  /// Of a block: as many as find work while groups are quantized, which takes longest.
+  static constexpr int threads(const GroupedPageLayout& l) {
+    const int groups = std::max(l.groups(l.key), l.groups(l.value));
+    return groups < kMaxThreads / kPairTokens ? groups * kPairTokens : kMaxThreads;
+  }
 
   /// Of a token in shared memory: its codes and zero points. An odd number of words, so that tokens lie in different banks.
   static constexpr int row_bytes(int head_dim) { return ((head_dim + head_dim / 16 + 3) / 4 | 1) * 4; }
@@ -48,6 +53,7 @@ class GroupedStoreBlock {
         page_(p.pool + pair.page * p.page_bytes + layer * p.layer_bytes),
         first_(first),
         n_tokens_(n_tokens),
+        threads_(threads(l_)),
         codes_(reinterpret_cast<uint8_t*>(shared)),
         kept_(codes_ + kPairTokens * row_bytes(l_.head_dim)) {}
 
@@ -55,7 +61,7 @@ class GroupedStoreBlock {
     const int thread = static_cast<int>(threadIdx.x);
     if (thread < kPairTokens) kept_[thread] = (pair_.tokens >> thread & 1U) != 0 ? 1 : 0;
     __syncthreads();
-    for (int i = thread; i < n_tokens_ * l_.groups(side_); i += kThreads) quantize(i % n_tokens_, i / n_tokens_);
+    for (int i = thread; i < n_tokens_ * l_.groups(side_); i += threads_) quantize(i % n_tokens_, i / n_tokens_);
     __syncthreads();
     for (int width = kWidestPlane; width > 0; width /= 2) {
       if (!has_plane(side_.bits, width)) continue;
@@ -95,7 +101,7 @@ class GroupedStoreBlock {
   /// A word is of one token, so it is written whole; bits of no channel are 0.
   __device__ void write_keys(int width) const {
     const int per_word = 32 / width;
-    for (int i = static_cast<int>(threadIdx.x); i < n_tokens_ * l_.key_words(width); i += kThreads) {
+    for (int i = static_cast<int>(threadIdx.x); i < n_tokens_ * l_.key_words(width); i += threads_) {
       const int token = first_ + i % n_tokens_;
       if (kept_[token] == 0) continue;
       const int channel = i / n_tokens_ * per_word;
@@ -108,7 +114,7 @@ class GroupedStoreBlock {
   /// A word is of several tokens: those that are not stored keep their bits.
   __device__ void write_values(int width) const {
     const int per_word = 32 / width;
-    for (int i = static_cast<int>(threadIdx.x); i < width * l_.head_dim; i += kThreads) {
+    for (int i = static_cast<int>(threadIdx.x); i < width * l_.head_dim; i += threads_) {
       const int channel = i % l_.head_dim;
       merge(i / l_.head_dim * per_word, width, channel, [&](int token) { return value_place(l_, head_, width, token, channel).word; },
             [&](int e) { return element_shift(e, width); });
@@ -116,7 +122,7 @@ class GroupedStoreBlock {
   }
   __device__ void write_zeros(int width) const {
     const int per_word = 32 / width;
-    for (int i = static_cast<int>(threadIdx.x); i < width * l_.groups(side_); i += kThreads) {
+    for (int i = static_cast<int>(threadIdx.x); i < width * l_.groups(side_); i += threads_) {
       const int group = i / width;
       merge(i % width * per_word, width, l_.head_dim + group,
             [&](int64_t token) { return zero_place(l_, head_, is_key_, width, group, token).word; }, [&](int e) { return width * e; });
@@ -148,6 +154,7 @@ class GroupedStoreBlock {
   std::byte* const page_;
   const int first_;     ///< token of the pair that is stored
   const int n_tokens_;  ///< that are
+  const int threads_;
   uint8_t* const codes_;  ///< [token] rows
   uint8_t* const kept_;   ///< [token] 1: it is stored
 };

@@ -12,7 +12,9 @@ namespace rotunda::kv::grouped {
 // Arithmetic that a CPU and a GPU have in common to the last bit: no function of a library but those that IEEE 754 defines.
 
 /// 2^exponent, from -1022 to 1023.
-constexpr double power_of_two(int exponent) { return std::bit_cast<double>(static_cast<uint64_t>(exponent + 1023) << 52); }
+constexpr double power_of_two(int exponent) {
+  return std::bit_cast<double>(static_cast<uint64_t>(exponent + 1023) << 52);
+}
 /// The largest e with 2^e <= |x|. `x` is normal, as every fp32 number but 0 is in fp64.
 constexpr int exponent_of(double x) { return static_cast<int>(std::bit_cast<uint64_t>(x) >> 52 & 0x7ff) - 1023; }
 /// The nearest integer, ties to even, of |x| < 2^51: std::nearbyint without the call.
@@ -45,8 +47,8 @@ struct SmallFloat {
   }
 };
 
-using E2m1 = SmallFloat<4, 1, 0, 0x7>;      ///< up to 6
-using E2m3 = SmallFloat<6, 3, 0, 0x1f>;     ///< up to 7.5
-using E4m3 = SmallFloat<8, 3, -6, 0x7e>;    ///< up to 448; the code above it would be NaN
+using E2m1 = SmallFloat<4, 1, 0, 0x7>;    ///< up to 6
+using E2m3 = SmallFloat<6, 3, 0, 0x1f>;   ///< up to 7.5
+using E4m3 = SmallFloat<8, 3, -6, 0x7e>;  ///< up to 448; the code above it would be NaN
 
 }  // namespace rotunda::kv::grouped

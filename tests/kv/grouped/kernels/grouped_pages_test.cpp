@@ -18,7 +18,7 @@ using testing::StoreCase;
 void store(StoreCase& test) {
   const GroupedStoreBatch p = test.params();
   const testing::AlignedBytes shared(static_cast<size_t>(GroupedStoreBlock::shared_bytes(test.layer.layout.head_dim)), 0xcd);
-  emulation::launch(static_cast<unsigned>(GroupedStoreBlock::blocks(p)), GroupedStoreBlock::kThreads,
+  emulation::launch(static_cast<unsigned>(GroupedStoreBlock::blocks(p)), static_cast<unsigned>(GroupedStoreBlock::threads(p.layer.layout)),
                     [&] { GroupedStoreBlock::run(p, shared.get()); });
 }
 
