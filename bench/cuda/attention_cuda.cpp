@@ -1,4 +1,4 @@
-// Decode attention on a GPU: ours over 16-bit and rotunda pages against LibTorch's scaled dot product attention (every backend, the
+// Decode attention on a GPU: ours over 16-bit, fp8 and rotunda pages against LibTorch's scaled dot product attention (every backend, the
 // fastest arrangement of each), in one run. Every kernel is checked against fp32 arithmetic first; times are medians of CUDA events, with
 // L2 full of clean lines of something else before each. Prints a table; --json FILE writes everything.
 //
@@ -21,6 +21,7 @@
 #include "cuda/read_bandwidth.h"
 #include "cuda/timer.h"
 #include "kernels/attention/plain_decode_cuda.h"
+#include "kv/grouped/kernels/fp8_decode_cuda.h"
 #include "kv/house/house_codec_cuda.h"
 #include "kv/house/kernels/house_decode_cuda.h"
 #include "kv/house/kernels/house_page.h"
@@ -140,6 +141,34 @@ at::Tensor plain_pool(const Inputs& in, at::ScalarType type) {
   const at::Tensor k = in.k.view({s.batch, s.n_kv_heads, pages, 8, 16, s.head_dim}).permute({0, 2, 1, 3, 5, 4}).reshape({s.batch * pages, -1});
   const at::Tensor v = in.v.view({s.batch, s.n_kv_heads, pages, kPageTokens, s.head_dim}).permute({0, 2, 1, 3, 4}).reshape({s.batch * pages, -1});
   return at::cat({k, v}, 1).to(type).view(at::kByte);
+}
+
+/// Keys or values as fp8 has them: e4m3 codes, and one scale per token and head.
+struct Fp8Side {
+  at::Tensor codes;  ///< [batch, n_kv_heads, kv_len, head_dim] kFloat8_e4m3fn
+  at::Tensor scale;  ///< [batch, n_kv_heads, kv_len, 1] kHalf
+
+  explicit Fp8Side(const at::Tensor& x) : scale((x.to(at::kFloat).abs().amax(3, /*keepdim=*/true) / 448.0).to(at::kHalf)) {
+    codes = (x.to(at::kFloat) / scale.to(at::kFloat)).to(at::kFloat8_e4m3fn);
+  }
+  /// Of the first sequence, fp32.
+  at::Tensor first() const { return codes[0].to(at::kFloat) * scale[0].to(at::kFloat); }
+};
+
+/// Pages as GroupedPageLayout has them with 8 bits and a scale a head.
+at::Tensor fp8_pool(const Shape& s, const Fp8Side& k, const Fp8Side& v) {
+  const int64_t pages = s.kv_len / kPageTokens;
+  const auto by_page = [&](const at::Tensor& x, at::IntArrayRef rest, at::IntArrayRef order) {  // [batch, pages, n_kv_heads, bytes]
+    std::vector<int64_t> sizes = {s.batch, s.n_kv_heads, pages}, dims = {0, 2, 1};
+    sizes.insert(sizes.end(), rest.begin(), rest.end());
+    for (const int64_t dim : order) dims.push_back(3 + dim);
+    return x.view(sizes).permute(dims).reshape({s.batch, pages, s.n_kv_heads, -1}).contiguous().view(at::kByte);
+  };
+  // A word of keys: four channels of a token; of values: four tokens of a channel.
+  return at::cat({by_page(k.codes.view(at::kByte), {8, 16, s.head_dim / 4, 4}, {0, 2, 1, 3}), by_page(v.codes.view(at::kByte), {32, 4, s.head_dim}, {0, 2, 1}),
+                  by_page(k.scale, {kPageTokens}, {0}), by_page(v.scale, {kPageTokens}, {0})},
+                 3)
+      .view({s.batch * pages, -1});
 }
 
 HousePageLayout house_layout(const Shape& s, int bits) {
@@ -301,6 +330,7 @@ class Bench {
     torch_rows(in);
     row_plain(in, "bf16", at::kBFloat16, kernels::ElementType::kBf16);
     row_plain(in, "fp16", at::kHalf, kernels::ElementType::kFp16);
+    row_fp8(in);
     row_house(in, 2, false);
     row_house(in, 2, true);
     for (const int bits : {3, 4}) row_house(in, bits, false);
@@ -375,6 +405,20 @@ class Bench {
     const double error = relative_error(paged.first_out(), exact_attention(paged.first_q(), as_stored(in.k), as_stored(in.v)));
     ROTUNDA_CHECK(error < 1e-4, format, ": relative error ", error, ", expected less than 1e-4");
     add(in, name, paged.bytes(), error, launch);
+  }
+
+  void row_fp8(const Inputs& in) {
+    if (!wanted("ours fp8")) return;
+    const Fp8Side k(in.k), v(in.v);
+    Paged paged(in, fp8_pool(in.shape, k, v), kv::grouped::kFp8UnitTokens, 0);
+    PagedDecodeGrid grid;
+    check(kv::grouped::fp8_decode_grid(paged.params(), &grid), "fp8_decode_grid");
+    paged.allocate_workspace(grid);
+    const auto launch = [&] { check(kv::grouped::fp8_decode_cuda(paged.params(), grid, at::cuda::getCurrentCUDAStream()), "fp8_decode"); };
+    launch();
+    const double error = relative_error(paged.first_out(), exact_attention(paged.first_q(), k.first(), v.first()));
+    ROTUNDA_CHECK(error < 1e-4, "fp8: relative error ", error, ", expected less than 1e-4");
+    add(in, "ours fp8", paged.bytes(), error, launch);
   }
 
   void row_house(const Inputs& in, int bits, bool shifted) {

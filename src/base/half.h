@@ -16,10 +16,10 @@ struct BFloat16 {
 };
 
 /// Exact.
-inline float to_float(BFloat16 x) { return std::bit_cast<float>(uint32_t{x.bits} << 16); }
+constexpr float to_float(BFloat16 x) { return std::bit_cast<float>(uint32_t{x.bits} << 16); }
 
 /// Exact, subnormals included.
-inline float to_float(Half x) {
+constexpr float to_float(Half x) {
   const uint32_t sign = uint32_t{x.bits & 0x8000u} << 16;
   const uint32_t magnitude = x.bits & 0x7fffu;
   if (magnitude >= 0x7c00u) return std::bit_cast<float>(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);
@@ -30,17 +30,17 @@ inline float to_float(Half x) {
   return std::bit_cast<float>(sign | ((magnitude << 13) + 0x38000000u));
 }
 
-inline float to_float(float x) { return x; }
+constexpr float to_float(float x) { return x; }
 
 /// Rounds to nearest, ties to even. NaN stays NaN, overflow becomes infinity.
-inline BFloat16 to_bfloat16(float x) {
+constexpr BFloat16 to_bfloat16(float x) {
   const uint32_t bits = std::bit_cast<uint32_t>(x);
   if ((bits & 0x7fffffffu) > 0x7f800000u) return {static_cast<uint16_t>((bits >> 16) | 0x40u)};
   return {static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16)};
 }
 
 /// Rounds to nearest, ties to even. NaN stays NaN, overflow becomes infinity, subnormals are kept.
-inline Half to_half(float x) {
+constexpr Half to_half(float x) {
   const uint32_t bits = std::bit_cast<uint32_t>(x);
   const uint16_t sign = static_cast<uint16_t>((bits >> 16) & 0x8000u);
   const uint32_t magnitude = bits & 0x7fffffffu;

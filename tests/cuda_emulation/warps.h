@@ -15,6 +15,7 @@
 #include <deque>
 #include <functional>
 #include <initializer_list>
+#include <memory>
 #include <stdexcept>
 #include <utility>
 #include <vector>
@@ -37,7 +38,7 @@ struct Copy {
 /// One CUDA thread.
 struct Thread {
   ucontext_t context;
-  std::vector<char> stack;
+  std::unique_ptr<char[]> stack;  ///< not filled: most of it is never touched
   unsigned index = 0;
   bool done = false;
   bool at_barrier = false;
@@ -53,10 +54,10 @@ class Block {
     for (unsigned i = 0; i < n_threads; ++i) {
       Thread& thread = threads_[i];
       thread.index = i;
-      thread.stack.resize(kStackBytes);
+      thread.stack = std::make_unique_for_overwrite<char[]>(kStackBytes);
       getcontext(&thread.context);
-      thread.context.uc_stack.ss_sp = thread.stack.data();
-      thread.context.uc_stack.ss_size = thread.stack.size();
+      thread.context.uc_stack.ss_sp = thread.stack.get();
+      thread.context.uc_stack.ss_size = kStackBytes;
       thread.context.uc_link = nullptr;
       makecontext(&thread.context, &Block::enter, 0);
     }
@@ -133,7 +134,7 @@ class Block {
 #if defined(__SANITIZE_ADDRESS__)
   void resume(Thread& thread) {
     void* fake = nullptr;
-    __sanitizer_start_switch_fiber(&fake, thread.stack.data(), thread.stack.size());
+    __sanitizer_start_switch_fiber(&fake, thread.stack.get(), kStackBytes);
     swapcontext(&scheduler_, &thread.context);
     __sanitizer_finish_switch_fiber(fake, nullptr, nullptr);
   }

@@ -30,13 +30,21 @@ class Devices : public ::testing::TestWithParam<std::string> {
   // weights to: the CPU's dot products take bytes.
   static void expect_near(const at::Tensor& a, const at::Tensor& b, double most) { EXPECT_LT(nmse(a, b), most) << GetParam(); }
 
+  /// A cache on each, of one calibration: eigenvectors found twice are not the same.
+  std::pair<FusedCache, FusedCache> on_both() const {
+    const KvSpec spec = parse_kv_spec(GetParam());
+    FusedCache on_cpu(spec, cpu_);
+    FusedCache on_gpu(spec, gpu_, {}, &on_cpu.calibration());
+    return {std::move(on_cpu), std::move(on_gpu)};
+  }
+
   KvModel cpu_ = small_model();
   KvModel gpu_ = small_model();
   Text text_ = random_text(cpu_, kTokens, 7);
 };
 
 TEST_P(Devices, AttendAlike) {
-  FusedCache on_cpu(GetParam(), cpu_), on_gpu(GetParam(), gpu_);
+  auto [on_cpu, on_gpu] = on_both();
   const SeqId a = on_cpu.cache().create(), b = on_gpu.cache().create();
   for (const auto& [begin, end] : std::vector<std::pair<int64_t, int64_t>>{{0, 300}, {300, 333}})
     expect_near(on_gpu.step({{b, &text_, begin, end}}), on_cpu.step({{a, &text_, begin, end}}), 1e-5);
@@ -49,7 +57,7 @@ TEST_P(Devices, AttendAlike) {
 }
 
 TEST_P(Devices, ReadWhatTheOtherHasSaved) {
-  FusedCache on_cpu(GetParam(), cpu_), on_gpu(GetParam(), gpu_);
+  auto [on_cpu, on_gpu] = on_both();
   const SeqId a = on_cpu.cache().create(), b = on_gpu.cache().create();
   on_cpu.step({{a, &text_, 0, 250}});
   on_gpu.step({{b, &text_, 0, 250}});
@@ -70,7 +78,7 @@ TEST_P(Devices, ReadWhatTheOtherHasSaved) {
 
 // Packed bytes differ only where sums in another order bring a number to the other side of a code's edge.
 TEST_P(Devices, PackTheSameBytesButForTies) {
-  FusedCache on_cpu(GetParam(), cpu_), on_gpu(GetParam(), gpu_);
+  auto [on_cpu, on_gpu] = on_both();
   const SeqId a = on_cpu.cache().create(), b = on_gpu.cache().create();
   on_cpu.step({{a, &text_, 0, 384}});
   on_gpu.step({{b, &text_, 0, 384}});
@@ -91,9 +99,14 @@ std::vector<std::string> specs() {
   }();
   std::vector<std::string> all;
   for (const std::string text : {"bf16", "fp16", "fp32", "rotunda2", "rotunda2:shift=mean", "rotunda3:sink_select=running,recent=16", "rotunda4:recent=0",
-                                 "rotate2", "rotate3:zero=minimum,recent=7", "rotate4:sink_select=running", "layers 0=bf16;rotunda2"}) {
+                                 "rotate2", "rotate3:zero=minimum,recent=7", "rotate4:sink_select=running", "layers 0=bf16;rotunda2", "fp8:recent=16,sinks=3",
+                                 "int4:group=32,recent=16", "bfp5:ksort=none,recent=7", "turbo2:scale=length", "layers 0=fp8;quarot2"}) {
     const KvSpec spec = parse_kv_spec(text);
     if (!kv_registry().get(spec).unsupported_reason(spec, model)) all.push_back(text);
+  }
+  // Every format of this family, as it is by default.
+  for (const auto& format : kv_registry().all()) {
+    if (format->calibration_name() == "grouped") all.push_back(format->name());
   }
   return all;
 }

@@ -59,4 +59,16 @@ __device__ __forceinline__ uint32_t pack_two(float x, float y, bool rest) {
   return Convert::bits(Convert::round(x - Convert::widen(rounded_x))) | Convert::bits(Convert::round(y - Convert::widen(rounded_y))) << 16;
 }
 
+/// Eight floats as T to where they are aligned together.
+template <typename T>
+__device__ __forceinline__ void write_eight(T* to, const float (&x)[8]) {
+  if constexpr (sizeof(T) == 4) {
+    reinterpret_cast<float4*>(to)[0] = make_float4(x[0], x[1], x[2], x[3]);
+    reinterpret_cast<float4*>(to)[1] = make_float4(x[4], x[5], x[6], x[7]);
+  } else {
+    *reinterpret_cast<uint4*>(to) = {pack_two<T>(x[0], x[1], false), pack_two<T>(x[2], x[3], false), pack_two<T>(x[4], x[5], false),
+                                     pack_two<T>(x[6], x[7], false)};
+  }
+}
+
 }  // namespace rotunda::kernels

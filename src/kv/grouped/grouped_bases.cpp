@@ -34,7 +34,7 @@ at::Tensor random_rotation(const KvModel& model, int layer, bool of_keys) {
   const at::Tensor rotation = at::empty({model.n_kv_heads, d, d}, at::kDouble);
   uint64_t state = 2 * static_cast<uint64_t>(layer) + (of_keys ? 0 : 1);
   state *= 0xd1342543de82ef95ULL;  // apart, so that no two layers run through the same numbers
-  const auto uniform = [&] {  // above 0, up to 1
+  const auto uniform = [&] {       // above 0, up to 1
     state += 0x9e3779b97f4a7c15ULL;
     uint64_t x = state;
     x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ULL;
@@ -77,6 +77,23 @@ at::Tensor spread_eigenvectors(const at::Tensor& moment) {
   }
   const at::Tensor spread = vectors.index_select(2, at::tensor(order, at::kLong));
   return at::matmul(spread, hadamard_matrix(static_cast<int>(d), at::kDouble)).to(at::kFloat);
+}
+
+std::map<std::string, std::string> codes_settings(const GroupedPageLayout& layout,
+                                                  const std::vector<HeadBasis>& key_bases) {
+  // FNV-1a. The upper 16 bits alone: a calibration may end in other low bits elsewhere.
+  uint64_t hash = 14695981039346656037ULL;
+  for (const HeadBasis& basis : key_bases) {
+    const at::Tensor matrix = basis.matrix();
+    if (!matrix.defined()) continue;
+    const at::Tensor flat = matrix.contiguous();
+    for (int64_t i = 0; i < flat.numel(); ++i)
+      hash = (hash ^ ((std::bit_cast<uint32_t>(flat.const_data_ptr<float>()[i]) + 0x8000U) >> 16)) * 1099511628211ULL;
+  }
+  return {{"rotunda.key_bits", std::to_string(layout.key.bits)},
+          {"rotunda.value_bits", std::to_string(layout.value.bits)},
+          {"rotunda.group", std::to_string(layout.key.group)},
+          {"rotunda.basis_hash", std::to_string(hash)}};
 }
 
 }  // namespace rotunda::kv::grouped

@@ -1,7 +1,12 @@
 #pragma once
 
+#include <map>
+#include <string>
+#include <vector>
+
 #include "kv/grouped/grouped_calibrator.h"
 #include "kv/grouped/head_basis.h"
+#include "kv/grouped/kernels/grouped_page.h"
 #include "kv/kv_format.h"
 
 namespace rotunda::kv::grouped {
@@ -23,5 +28,9 @@ at::Tensor random_rotation(const KvModel& model, int layer, bool of_keys);
 /// OSCAR: eigenvectors of a second moment, largest eigenvalue first, in bit-reversed order, times H. @param moment [n_kv_heads, d, d] fp64
 /// @return [n_kv_heads, d, d] fp32, orthogonal
 at::Tensor spread_eigenvectors(const at::Tensor& moment);
+
+/// What a saved sequence must share with the cache that reads it: codes mean nothing in another basis. @param key_bases [n_layers]
+std::map<std::string, std::string> codes_settings(const GroupedPageLayout& layout,
+                                                  const std::vector<HeadBasis>& key_bases);
 
 }  // namespace rotunda::kv::grouped

@@ -3,10 +3,10 @@
 #include <ATen/ATen.h>
 
 #include <algorithm>
-#include <bit>
 #include <utility>
 
 #include "kernels/scratch.h"
+#include "kv/grouped/grouped_bases.h"
 #include "kv/windowed_cache.h"
 
 namespace rotunda::kv::grouped {
@@ -17,12 +17,8 @@ class GroupedCache final : public WindowedCache {
  public:
   GroupedCache(const KvSpec& spec, const KvModel& model, const GroupedOptions& options, const GroupedPageLayout& layout,
                std::vector<HeadBasis> key_bases)
-      : WindowedCache(spec, model, options.exact, layout.page_bytes(),
-                      model.n_kv_heads * (layout.key_codes_bytes() + layout.value_codes_bytes()) / layout.page_tokens(),
-                      model.n_kv_heads *
-                          (layout.scale_bytes(layout.key) + layout.scale_bytes(layout.value) +
-                           layout.zero_bytes(layout.key) + layout.zero_bytes(layout.value)) /
-                          layout.page_tokens()),
+      : WindowedCache(spec, model, options.exact, layout.page_bytes(), layout.codes_bytes_per_token(),
+                      layout.scale_bytes_per_token()),
         layer_{layout, options.key_codec, options.value_codec},
         bases_(std::move(key_bases)) {}
 
@@ -69,25 +65,8 @@ class GroupedCache final : public WindowedCache {
 
   std::map<std::string, std::string> saved_settings() const override {
     auto settings = WindowedCache::saved_settings();
-    const GroupedPageLayout& l = layer_.layout;
-    settings["rotunda.key_bits"] = std::to_string(l.key.bits);
-    settings["rotunda.value_bits"] = std::to_string(l.value.bits);
-    settings["rotunda.group"] = std::to_string(l.key.group);
-    settings["rotunda.basis_hash"] = std::to_string(basis_hash());
+    settings.merge(codes_settings(layer_.layout, bases_));
     return settings;
-  }
-
-  // FNV-1a over the keys' bases: codes mean nothing in another. The upper 16 bits alone: a calibration may end in other low bits elsewhere.
-  uint64_t basis_hash() const {
-    uint64_t hash = 14695981039346656037ULL;
-    for (const HeadBasis& basis : bases_) {
-      const at::Tensor matrix = basis.matrix();
-      if (!matrix.defined()) continue;
-      const at::Tensor flat = matrix.contiguous();
-      for (int64_t i = 0; i < flat.numel(); ++i)
-        hash = (hash ^ ((std::bit_cast<uint32_t>(flat.const_data_ptr<float>()[i]) + 0x8000U) >> 16)) * 1099511628211ULL;
-    }
-    return hash;
   }
 
   GroupedLayer layer_;

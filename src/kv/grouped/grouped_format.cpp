@@ -9,6 +9,11 @@
 #include "kv/grouped/grouped_options.h"
 #include "kv/head_rotation.h"
 #include "kv/windowed_cache.h"
+#ifdef ROTUNDA_CUDA
+#include "kv/cache_cuda.h"
+#include "kv/grouped/grouped_codec_cuda.h"
+#include "kv/grouped/kernels/grouped_pages_cuda.h"
+#endif
 
 namespace rotunda::kv::grouped {
 
@@ -59,8 +64,12 @@ std::vector<KvOption> GroupedFormat::options() const { return GroupedOptions::de
 void GroupedFormat::validate(const KvSpec& spec) const { GroupedOptions::from_spec(spec, kind_); }
 
 std::optional<std::string> GroupedFormat::unsupported_reason(const KvSpec& spec, const KvModel& model) const {
-  if (const auto reason = device_unsupported_reason(*this, model, /*has_cuda_half=*/false)) return reason;
-  if (model.head_dim % 16 != 0) return concat(name(), " on cpu: head_dim ", model.head_dim, " is not a multiple of 16");
+  if (const auto reason = device_unsupported_reason(*this, model, /*has_cuda_half=*/true)) return reason;
+  if (model.head_dim % 16 != 0) return concat(name(), ": head_dim ", model.head_dim, " is not a multiple of 16");
+#ifdef ROTUNDA_CUDA
+  if (model.device.is_cuda() && model.head_dim > kMaxStoredHeadDim)
+    return concat(name(), " on ", model.device, ": head_dim ", model.head_dim, ", expected ", kMaxStoredHeadDim, " at most");
+#endif
   try {
     grouped_layout(GroupedOptions::from_spec(spec, kind_), kind_, model);
   } catch (const Error& error) {
@@ -109,7 +118,11 @@ void GroupedFormat::fuse(const KvSpec& spec, const KvModel& model, int layer, Pr
 
 int64_t GroupedFormat::planned_bytes(const KvSpec& spec, const KvModel& model, int64_t kv_len) const {
   const GroupedOptions options = GroupedOptions::from_spec(spec, kind_);
-  return planned_windowed_bytes(options.exact, model, grouped_layout(options, kind_, model).page_bytes(), kv_len);
+  const int64_t page_bytes = grouped_layout(options, kind_, model).page_bytes();
+#ifdef ROTUNDA_CUDA
+  if (model.device.is_cuda()) return planned_cuda_bytes(options.exact, model, page_bytes, kv_len);
+#endif
+  return planned_windowed_bytes(options.exact, model, page_bytes, kv_len);
 }
 
 std::unique_ptr<KvCache> GroupedFormat::make_cache(const KvSpec& spec, const KvModel& model,
@@ -119,7 +132,11 @@ std::unique_ptr<KvCache> GroupedFormat::make_cache(const KvSpec& spec, const KvM
   ROTUNDA_CHECK(!reason, *reason);
   std::vector<HeadBasis> bases;
   for (int layer = 0; layer < model.n_layers; ++layer) bases.push_back(key_basis(kind_, options, model, layer, setup));
-  return make_grouped_cache(spec, model, options, grouped_layout(options, kind_, model), std::move(bases));
+  const GroupedPageLayout layout = grouped_layout(options, kind_, model);
+#ifdef ROTUNDA_CUDA
+  if (model.device.is_cuda()) return make_cache_cuda(spec, model, options.exact, make_grouped_codec_cuda(model, options, layout, bases));
+#endif
+  return make_grouped_cache(spec, model, options, layout, std::move(bases));
 }
 
 }  // namespace rotunda::kv::grouped

@@ -14,16 +14,16 @@ constexpr GroupedSide mantissas(int bits) { return {bits, 32, ScaleType::kE8m0, 
 
 constexpr GroupedCodec kBlockFloat{.rule = Rule::kBlockFloat, .carry = true};
 
-// The tables that the formats share; 16 bytes each, see GroupedCodec.
-constexpr int8_t kE2m1Doubled[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
+// The tables that the formats share.
+constexpr LevelTable kE2m1Doubled = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
 // Lloyd-Max levels of a unit Gaussian on a grid of integers: the fixed point of Lloyd's iteration, times the factor up to 63 / largest
 // for which rounding the levels costs least squared error (0.0001 % at 2 bits, 0.04 % at 3, 0.2 % at 4).
-constexpr int8_t kLloydMax2[16] = {-60, -18, 18, 60};
-constexpr int8_t kLloydMax3[16] = {-62, -39, -22, -7, 7, 22, 39, 62};
-constexpr int8_t kLloydMax4[16] = {-61, -46, -36, -28, -21, -15, -9, -3, 3, 9, 15, 21, 28, 36, 46, 61};
+constexpr LevelTable kLloydMax2 = {-60, -18, 18, 60};
+constexpr LevelTable kLloydMax3 = {-62, -39, -22, -7, 7, 22, 39, 62};
+constexpr LevelTable kLloydMax4 = {-61, -46, -36, -28, -21, -15, -9, -3, 3, 9, 15, 21, 28, 36, 46, 61};
 
 constexpr GroupedSide gaussian(int bits) { return {bits, 0, ScaleType::kFp16, 0, false}; }
-constexpr GroupedCodec lloyd_max(const int8_t* levels, float unit) {
+constexpr GroupedCodec lloyd_max(const LevelTable& levels, float unit) {
   return {.levels = Levels::kTable, .rule = Rule::kNorm, .table = levels, .unit = unit};
 }
 

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
 
@@ -26,16 +27,19 @@ enum class Rule : uint8_t {
   kNorm,           ///< TurboQuant: nearest level of x over its root mean square
 };
 
+/// What codes of up to 4 bits stand for, magnitudes up to 63.
+using LevelTable = std::array<int8_t, 16>;
+
 /// How the groups of keys or values are coded.
 struct GroupedCodec {
   Levels levels = Levels::kInteger;
   Rule rule = Rule::kMinMax;
-  const int8_t* table = nullptr;  ///< kTable: [2^bits], magnitudes up to 63; 16 bytes can be read
-  float unit = 1.0F;              ///< an element is (scale * unit, rounded to fp32) * integer
-  float clip = 1.0F;              ///< kMinMax: factor on the smallest and the largest element
-  bool symmetric = false;         ///< kBlockFloat: no mantissa -2^(m - 1)
-  bool carry = false;             ///< kBlockFloat: the next exponent where it costs less than saturating
-  bool keep_length = false;       ///< kNorm: the scale makes the decoded group as long as x; else it is the root mean square
+  LevelTable table = {};     ///< kTable
+  float unit = 1.0F;         ///< an element is (scale * unit, rounded to fp32) * integer
+  float clip = 1.0F;         ///< kMinMax: factor on the smallest and the largest element
+  bool symmetric = false;    ///< kBlockFloat: no mantissa -2^(m - 1)
+  bool carry = false;        ///< kBlockFloat: the next exponent where it costs less than saturating
+  bool keep_length = false;  ///< kNorm: the scale makes the decoded group as long as x; else it is the root mean square
 };
 
 /// Channels that one scale may serve at most.

@@ -208,7 +208,7 @@ struct Codes {
       return reinterpret_cast<const uint32_t*>(bytes + offset);
     };
     first = {plane(8), plane(4), plane(2), plane(1), 0};
-    for (int i = 0; i < 4; ++i) block_words[i] = int64_t{layout.key_words(kPlaneWidths[i])} * kTokenBlock;
+    for (int i = 0; i < 4; ++i) block_words[i] = int64_t{layout.key_words(kWidestPlane >> i)} * kTokenBlock;
     if (codec.levels != Levels::kTable) return;
     for (int code = 0; code < 1 << side.bits; ++code)
       table[code] = static_cast<uint8_t>(codec.table[code] + kTableBias);
@@ -300,7 +300,7 @@ void LoadOffsets(const Codes& c, int group, int64_t first, int n, float* HWY_RES
   const LaneTag d;
   const IntTag di;
   const WordTag du;
-  for (const int width : kPlaneWidths) {
+  for (int width = kWidestPlane; width > 0; width /= 2) {
     if (!has_plane(side.bits, width)) continue;
     const auto* const words = reinterpret_cast<const uint32_t*>(plane);
     const WordVec mask = hn::Set(du, (1u << width) - 1);

@@ -24,15 +24,15 @@ struct GroupedSide {
   int exponent_bias = 127;  ///< of kE8m0: 127 as OCP has it; 149 where the smallest step is the smallest fp32
   bool zeros = false;       ///< each group has a zero point, a code of `bits` bits
 
-  int scale_bytes() const { return scale == ScaleType::kFp16 ? 2 : 1; }
+  constexpr int scale_bytes() const { return scale == ScaleType::kFp16 ? 2 : 1; }
 };
 
 /// A code of b bits is cut into planes of 8, 4, 2 and 1 bits, one for each bit set in b, the widest first and lowest: 3 = 2 + 1, 6 = 4 + 2.
 /// Each plane is stored by itself, so that every word of it holds the same number of codes.
-inline constexpr int kPlaneWidths[] = {8, 4, 2, 1};
-inline constexpr bool has_plane(int bits, int width) { return (bits & width) != 0; }
+inline constexpr int kWidestPlane = 8;
+constexpr bool has_plane(int bits, int width) { return (bits & width) != 0; }
 /// The lowest bit of a code that lies in its plane of this width.
-inline constexpr int plane_shift(int bits, int width) { return bits & ~(2 * width - 1); }
+constexpr int plane_shift(int bits, int width) { return bits & ~(2 * width - 1); }
 
 /// The bytes of one page of a grouped format: packed keys and values of all kv heads of one layer, blocks_per_page * 16 tokens. This
 /// struct defines the layout, the same on every device; docs/formats.md draws it.
@@ -53,40 +53,51 @@ struct GroupedPageLayout {
   int head_dim = 0;         ///< a multiple of 16
   int blocks_per_page = 8;  ///< even
 
-  int64_t page_tokens() const { return int64_t{blocks_per_page} * kTokenBlock; }
+  constexpr int64_t page_tokens() const { return int64_t{blocks_per_page} * kTokenBlock; }
   /// uint32 words of one token's key in a plane.
-  int key_words(int width) const { return (head_dim * width + 31) / 32; }
-  int groups(const GroupedSide& side) const { return head_dim / side.group; }
+  constexpr int key_words(int width) const { return (head_dim * width + 31) / 32; }
+  constexpr int groups(const GroupedSide& side) const { return head_dim / side.group; }
 
   /// Of one head:
-  int64_t key_codes_bytes() const { return key_plane_offset(0); }
-  int64_t value_codes_bytes() const { return value_plane_offset(0) - key_codes_bytes(); }
-  int64_t scale_bytes(const GroupedSide& side) const { return groups(side) * page_tokens() * side.scale_bytes(); }
-  int64_t zero_bytes(const GroupedSide& side) const { return side.zeros ? groups(side) * zero_group_bytes(side) : 0; }
-  int64_t zero_group_bytes(const GroupedSide& side) const { return page_tokens() * side.bits / 8; }
-  int64_t head_bytes() const { return (zero_offset(false) + zero_bytes(value) + 63) / 64 * 64; }
-  int64_t page_bytes() const { return n_kv_heads * head_bytes(); }
+  constexpr int64_t key_codes_bytes() const { return key_plane_offset(0); }
+  constexpr int64_t value_codes_bytes() const { return value_plane_offset(0) - key_codes_bytes(); }
+  constexpr int64_t scale_bytes(const GroupedSide& side) const {
+    return groups(side) * page_tokens() * side.scale_bytes();
+  }
+  constexpr int64_t zero_bytes(const GroupedSide& side) const {
+    return side.zeros ? groups(side) * zero_group_bytes(side) : 0;
+  }
+  constexpr int64_t zero_group_bytes(const GroupedSide& side) const { return page_tokens() * side.bits / 8; }
+  constexpr int64_t head_bytes() const { return (zero_offset(false) + zero_bytes(value) + 63) / 64 * 64; }
+  constexpr int64_t page_bytes() const { return n_kv_heads * head_bytes(); }
+
+  /// Of a token, all heads; scales with zero points.
+  constexpr int64_t codes_bytes_per_token() const {
+    return n_kv_heads * (key_codes_bytes() + value_codes_bytes()) / page_tokens();
+  }
+  constexpr int64_t scale_bytes_per_token() const {
+    return n_kv_heads * (scale_bytes(key) + scale_bytes(value) + zero_bytes(key) + zero_bytes(value)) / page_tokens();
+  }
 
   /// Byte offsets within a head. `width` 0: the end of all planes.
-  int64_t key_plane_offset(int width) const {
+  constexpr int64_t key_plane_offset(int width) const {
     int64_t offset = 0;
-    for (const int wider : kPlaneWidths) {
-      if (wider > width && has_plane(key.bits, wider))
-        offset += int64_t{blocks_per_page} * key_words(wider) * kTokenBlock * 4;
+    for (int wider = kWidestPlane; wider > width; wider /= 2) {
+      if (has_plane(key.bits, wider)) offset += int64_t{blocks_per_page} * key_words(wider) * kTokenBlock * 4;
     }
     return offset;
   }
-  int64_t value_plane_offset(int width) const {
+  constexpr int64_t value_plane_offset(int width) const {
     int64_t offset = key_codes_bytes();
-    for (const int wider : kPlaneWidths) {
-      if (wider > width && has_plane(value.bits, wider)) offset += page_tokens() * wider / 32 * head_dim * 4;
+    for (int wider = kWidestPlane; wider > width; wider /= 2) {
+      if (has_plane(value.bits, wider)) offset += page_tokens() * wider / 32 * head_dim * 4;
     }
     return offset;
   }
-  int64_t scale_offset(bool of_keys) const {
+  constexpr int64_t scale_offset(bool of_keys) const {
     return key_codes_bytes() + value_codes_bytes() + (of_keys ? 0 : scale_bytes(key));
   }
-  int64_t zero_offset(bool of_keys) const {
+  constexpr int64_t zero_offset(bool of_keys) const {
     return scale_offset(false) + scale_bytes(value) + (of_keys ? 0 : zero_bytes(key));
   }
 };

@@ -15,7 +15,7 @@ struct CodePlace {
 };
 
 /// @param token within the page
-inline CodePlace key_place(const GroupedPageLayout& l, int head, int width, int64_t token, int channel) {
+constexpr CodePlace key_place(const GroupedPageLayout& l, int head, int width, int64_t token, int channel) {
   const int per_word = 32 / width;
   const int64_t row = token / kTokenBlock * l.key_words(width) + channel / per_word;
   const int element = channel % per_word;
@@ -23,23 +23,23 @@ inline CodePlace key_place(const GroupedPageLayout& l, int head, int width, int6
           8 * (element % 4) + width * (element / 4)};
 }
 
-inline CodePlace value_place(const GroupedPageLayout& l, int head, int width, int64_t token, int channel) {
+constexpr CodePlace value_place(const GroupedPageLayout& l, int head, int width, int64_t token, int channel) {
   const int per_word = 32 / width;
   const auto element = static_cast<int>(token % per_word);
   return {head * l.head_bytes() + l.value_plane_offset(width) + (token / per_word * l.head_dim + channel) * 4,
           8 * (element % 4) + width * (element / 4)};
 }
 
-inline CodePlace zero_place(const GroupedPageLayout& l, int head, bool key, int width, int group, int64_t token) {
+constexpr CodePlace zero_place(const GroupedPageLayout& l, int head, bool key, int width, int group, int64_t token) {
   const GroupedSide& side = key ? l.key : l.value;
   int64_t at = head * l.head_bytes() + l.zero_offset(key) + group * l.zero_group_bytes(side);
-  for (const int wider : kPlaneWidths)
-    if (wider > width && has_plane(side.bits, wider)) at += l.page_tokens() * wider / 8;
+  for (int wider = kWidestPlane; wider > width; wider /= 2)
+    if (has_plane(side.bits, wider)) at += l.page_tokens() * wider / 8;
   const int per_word = 32 / width;
   return {at + token / per_word * 4, width * static_cast<int>(token % per_word)};
 }
 
-inline int64_t scale_place(const GroupedPageLayout& l, int head, bool key, int group, int64_t token) {
+constexpr int64_t scale_place(const GroupedPageLayout& l, int head, bool key, int group, int64_t token) {
   const GroupedSide& side = key ? l.key : l.value;
   return head * l.head_bytes() + l.scale_offset(key) + (group * l.page_tokens() + token) * side.scale_bytes();
 }
@@ -59,7 +59,7 @@ inline void write_bits(std::byte* at, int shift, uint32_t mask, uint32_t bits) {
 template <typename Place>
 uint32_t read_code(const std::byte* page, int bits, const Place& place) {
   uint32_t code = 0;
-  for (const int width : kPlaneWidths) {
+  for (int width = kWidestPlane; width > 0; width /= 2) {
     if (!has_plane(bits, width)) continue;
     const CodePlace at = place(width);
     code |= (read_word(page + at.word) >> at.shift & ((1u << width) - 1)) << plane_shift(bits, width);
@@ -69,7 +69,7 @@ uint32_t read_code(const std::byte* page, int bits, const Place& place) {
 
 template <typename Place>
 void write_code(std::byte* page, int bits, uint32_t code, const Place& place) {
-  for (const int width : kPlaneWidths) {
+  for (int width = kWidestPlane; width > 0; width /= 2) {
     if (!has_plane(bits, width)) continue;
     const CodePlace at = place(width);
     write_bits(page + at.word, at.shift, (1u << width) - 1, code >> plane_shift(bits, width));

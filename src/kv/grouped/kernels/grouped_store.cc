@@ -22,7 +22,7 @@ bool store_row(const GroupedLayer& layer, bool key, int head, int64_t token, con
     if (side.zeros)
       write_code(page, side.bits, scale->zero,
                  [&](int width) { return zero_place(l, head, key, width, group, token); });
-    for (const int width : kPlaneWidths) {
+    for (int width = kWidestPlane; width > 0; width /= 2) {
       if (!has_plane(side.bits, width)) continue;
       const int down = plane_shift(side.bits, width);
       const uint32_t mask = (1u << width) - 1;

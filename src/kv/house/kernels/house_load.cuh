@@ -38,7 +38,7 @@ class HouseLoadBlock {
       float elements[kChannels];
 #pragma unroll
       for (int c = 0; c < kChannels; ++c) elements[c] = scale * static_cast<float>(2 * static_cast<int>(codes[c]) - ((1 << bits) - 1));
-      write(out + int64_t{block} * kTokenBlock * l.head_dim, elements);
+      kernels::write_eight(out + int64_t{block} * kTokenBlock * l.head_dim, elements);
     }
   }
 
@@ -87,17 +87,6 @@ class HouseLoadBlock {
       words[i + 1] = four.y;
       words[i + 2] = four.z;
       words[i + 3] = four.w;
-    }
-  }
-
-  static __device__ void write(T* to, const float (&x)[kChannels]) {
-    if constexpr (sizeof(T) == 4) {
-      reinterpret_cast<float4*>(to)[0] = make_float4(x[0], x[1], x[2], x[3]);
-      reinterpret_cast<float4*>(to)[1] = make_float4(x[4], x[5], x[6], x[7]);
-    } else {
-      using kernels::pack_two;
-      *reinterpret_cast<uint4*>(to) = {pack_two<T>(x[0], x[1], false), pack_two<T>(x[2], x[3], false), pack_two<T>(x[4], x[5], false),
-                                       pack_two<T>(x[6], x[7], false)};
     }
   }
 };

@@ -1,6 +1,6 @@
 #pragma once
 
-#include "kernels/attention/paged_decode.cuh"
+#include "kernels/attention/four_tokens.cuh"
 #include "kernels/cuda/sixteen_bit.cuh"
 #include "kv/house/kernels/house_page.h"
 #include "kv/house/kernels/house_unit.h"
@@ -9,8 +9,11 @@ namespace rotunda::kv::house {
 
 using kernels::kAllLanes;
 using kernels::kLog2e;
+using kernels::key_piece_place;
 using kernels::kWarp;
+using kernels::load_four_scales;
 using kernels::PagedDecode;
+using kernels::piece_at;
 using kernels::UnitAt;
 using kernels::WarpState;
 namespace ptx = kernels::ptx;
@@ -160,7 +163,6 @@ struct HousePageCodec {
   // ---- shared memory -----------------------------------------------------------------------------------------------
 
   // 16-byte pieces lie where the eight lanes of a phase of a 16-byte load find them in different banks.
-  static __device__ __forceinline__ int key_place(int piece) { return piece ^ (piece >> 3 & 1) << 1; }
   /// Which of the four lanes t reads a row of values.
   static __device__ __forceinline__ int value_reader(int row) {
     if constexpr (kValueBits == 2) return row & 3;
@@ -193,7 +195,7 @@ struct HousePageCodec {
       }
     } else {
       const std::byte* const from = head + at.piece * kKeyBytes + 16 * lane;
-      std::byte* const keys = stage + 16 * key_place(lane);
+      std::byte* const keys = stage + 16 * key_piece_place(lane);
 #pragma unroll
       for (int i = 0; i < kKeyPieces; i += kWarp) ptx::copy_16_async(keys + 16 * i, from + 16 * i);
       if (lane < 2 * kScalePieces) {
@@ -202,19 +204,6 @@ struct HousePageCodec {
       }
       if (p.shift.n_steps > 0 && lane < kShiftBytes / 16) ptx::copy_16_async(stage + kShiftAt + 16 * lane, shift_queries(p, at) + 2 * lane);
     }
-  }
-
-  static __device__ __forceinline__ uint4 piece_at(const std::byte* at) { return *reinterpret_cast<const uint4*>(at); }
-
-  /// The scales of the lane's four tokens of 32.
-  static __device__ __forceinline__ void load_scales(const std::byte* scales, int tile, int g, float (&to)[4]) {
-    struct alignas(8) FourHalves {
-      __half2 x, y;
-    };
-    const FourHalves four = *reinterpret_cast<const FourHalves*>(scales + 64 * tile + 8 * g);
-    const float2 a = __half22float2(four.x);
-    const float2 b = __half22float2(four.y);
-    to[0] = a.x, to[1] = a.y, to[2] = b.x, to[3] = b.y;
   }
 
   // ---- attention ---------------------------------------------------------------------------------------------------
@@ -270,8 +259,8 @@ struct HousePageCodec {
     // A place moves along by multiples of 16 pieces, by 8 with its second bit turned.
     static_assert(2 * kKeyRow % 16 == 0);
     const int row = g / 4 * kKeyRow + g % 4;
-    const std::byte* const low_at = stage + 16 * key_place(row + 4 * t);
-    const int high_place = key_place(row + kHeadDim / 4 + t / 2 * 4);
+    const std::byte* const low_at = stage + 16 * key_piece_place(row + 4 * t);
+    const int high_place = key_piece_place(row + kHeadDim / 4 + t / 2 * 4);
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
       int sums[kSets][2][4];
@@ -300,7 +289,7 @@ struct HousePageCodec {
         }
       }
       float scales[4];
-      load_scales(stage + kScalesAt, tile, g, scales);
+      load_four_scales(stage + kScalesAt + 64 * tile, g, scales);
 #pragma unroll
       for (int s = 0; s < kSets; ++s) {
 #pragma unroll
@@ -312,23 +301,13 @@ struct HousePageCodec {
     }
   }
 
-  /// Whether all tokens of the unit are attended.
-  static __device__ __forceinline__ bool attends_all(const UnitAt& at) {
-    const bool masked = at.masks != nullptr && at.masks[threadIdx.x % (kUnitTokens / 16)] != 0xffffU;
-    return at.tokens >= kUnitTokens && at.first <= 0 && __ballot_sync(kAllLanes, masked) == 0;
-  }
-
   /// Takes tokens out that are not attended.
   static __device__ __forceinline__ void mask(const UnitAt& at, float (&scores)[kSets][kTiles][4]) {
     const int g = static_cast<int>(threadIdx.x % kWarp) / 4;
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
       const int first = 32 * tile + 4 * g;
-      const int there = at.tokens - first;
-      const int before = at.first - first;
-      unsigned attended = there >= 4 ? 15U : there <= 0 ? 0U : (1U << there) - 1;
-      if (before > 0) attended &= before >= 4 ? 0U : 15U << before;
-      if (at.masks != nullptr) attended &= static_cast<unsigned>(at.masks[first / 16]) >> first % 16;
+      const unsigned attended = kernels::attended_of_four(at, first);
 #pragma unroll
       for (int r = 0; r < 4; ++r) {
         if ((attended >> r & 1U) != 0) continue;
@@ -350,7 +329,7 @@ struct HousePageCodec {
     const int g = lane / 4;
     const int t = lane % 4;
     float scores[kSets][kTiles][4] = {};
-    const bool all = attends_all(at);
+    const bool all = kernels::attends_all<kUnitTokens>(at);
     // First, while few registers are taken.
     if (p.shift.n_steps > 0) shift_scores(p, stage, at, scores);
     score(stage, query, scores);
@@ -360,7 +339,7 @@ struct HousePageCodec {
     float step[kSets];
     float scales[kTiles][4];
 #pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile) load_scales(stage + kScalesAt + kScaleBytes, tile, g, scales[tile]);
+    for (int tile = 0; tile < kTiles; ++tile) load_four_scales(stage + kScalesAt + kScaleBytes + 64 * tile, g, scales[tile]);
     __syncwarp();  // the keys have been read
     auto* const in_transit = reinterpret_cast<uint32_t*>(stage);
 #pragma unroll
@@ -480,19 +459,7 @@ struct HousePageCodec {
     }
   }
 
-  static __device__ __forceinline__ void write_out(const State& state, float* to, int row) {
-    const int lane = static_cast<int>(threadIdx.x % kWarp);
-    const int g = lane / 4;
-    const int t = lane % 4;
-#pragma unroll
-    for (int s = 0; s < kSets; ++s) {
-#pragma unroll
-      for (int c = 0; c < kHeadDim / 32; ++c) {
-        const float* const out = state.out[s] + 4 * c;
-        *reinterpret_cast<float4*>(to + (4 * s + t) * row + 32 * c + 4 * g) = make_float4(out[0], out[1], out[2], out[3]);
-      }
-    }
-  }
+  static __device__ __forceinline__ void write_out(const State& state, float* to, int row) { kernels::write_four_channels(state, to, row); }
 };
 
 }  // namespace rotunda::kv::house
