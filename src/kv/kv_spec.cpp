@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <charconv>
-#include <set>
 
 #include "base/check.h"
 #include "kv/kv_registry.h"
@@ -41,21 +40,15 @@ std::string to_string(const std::vector<LayerRange>& layers) {
   return text;
 }
 
-// Which formats can lend keys and values to each other, as "A, B" or "A, B or C, D".
-std::string families_with_values() {
-  std::set<std::vector<std::string>> families;
-  for (const auto& keys : kv_registry().all()) {
-    std::vector<std::string> partners;
-    for (const auto& values : kv_registry().all()) {
-      const KvSpec key_spec{.format = keys->name(), .options = {}, .parts = {}};
-      const KvSpec value_spec{.format = values->name(), .options = {}, .parts = {}};
-      if (key_spec == value_spec || keys->with_values(key_spec, value_spec)) partners.push_back(values->name());
-    }
-    if (partners.size() > 1) families.insert(partners);
+// Which formats' values go with keys of one, itself too.
+std::string values_for(const KvFormat& keys) {
+  std::vector<std::string> partners;
+  for (const auto& values : kv_registry().all()) {
+    const KvSpec key_spec{.format = keys.name(), .options = {}, .parts = {}};
+    const KvSpec value_spec{.format = values->name(), .options = {}, .parts = {}};
+    if (key_spec == value_spec || keys.with_values(key_spec, value_spec)) partners.push_back(values->name());
   }
-  std::string text;
-  for (const auto& family : families) text += (text.empty() ? "" : " or ") + join(family);
-  return text;
+  return join(partners);
 }
 
 // Reads from left to right; every error names the whole text.
@@ -150,7 +143,7 @@ class SpecReader {
     kv_registry().get(values);
     const auto both = kv_registry().get(keys).with_values(keys, values);
     ROTUNDA_CHECK(both, "kv spec '", text_, "': keys of ", keys.to_string(), " do not go with values of ", values.to_string(),
-                  ", expected both from ", families_with_values());
+                  ", expected values of ", values_for(kv_registry().get(keys)), ", and no other options than those of the keys");
     return *both;
   }
 

@@ -65,11 +65,12 @@ std::vector<std::string> all_specs() {
       if (option.name == "shift_pairs") specs.push_back(name + ":shift=mean,shift_pairs=0.5,recent=16");
       if (option.name == "feedback") specs.push_back(name + ":feedback=none"), specs.push_back(name + ":feedback=calibrated,recent=16");
       if (option.name == "scale") specs.push_back(name + (option.default_value == "norm" ? ":scale=length" : ":scale=least_squares,recent=0"));
-      if (option.name == "values") specs.push_back(name + ":values=3,recent=7");
+      const bool bits = std::isdigit(static_cast<unsigned char>(option.default_value.front())) != 0;
+      if (option.name == "values") specs.push_back(name + (bits ? ":values=3,recent=7" : ":values=quarot3,recent=7"));
     }
   }
   // Mixes of formats that want the layer's input, a calibration, setups of each layer, or none of these.
-  specs.insert(specs.end(), {"layers 0=bf16;rotunda2", "layers -1=fp32;rotate3:recent=7", "layers 0=rotunda3:shift=mean;layers 1=rotate2",
+  specs.insert(specs.end(), {"quarot2:values=turbo3", "int2:values=bfp4", "layers 0=bf16;rotunda2", "layers -1=fp32;rotate3:recent=7", "layers 0=rotunda3:shift=mean;layers 1=rotate2",
                              "layers 0-1=rotunda4:recent=0"});
   // A GPU has no cache of some formats, and of heads of some sizes.
   const KvModel model = small_model();

@@ -61,6 +61,8 @@ TEST(KvSpecTest, KeysAndValuesApartAreOneSpecWhereAFormatHasBoth) {
   EXPECT_EQ(parse_kv_spec("k=rotunda3,v=rotunda2").to_string(), "rotunda3:values=2");
   EXPECT_EQ(parse_kv_spec("k=rotunda2:recent=32,first=0,v=rotunda4").to_string(), "rotunda2:first=0,recent=32,values=4");
   EXPECT_EQ(parse_kv_spec("k=rotunda2:recent=32,v=rotunda4:recent=32").to_string(), "rotunda2:recent=32,values=4");
+  EXPECT_EQ(parse_kv_spec("k=quarot2:group=32,v=int4").to_string(), "quarot2:group=32,values=int4");
+  EXPECT_EQ(parse_kv_spec("k=bfp4,v=turbo2").to_string(), "bfp4:values=turbo2");
   EXPECT_EQ(parse_kv_spec("k=bf16,v=bf16").to_string(), "bf16");
   EXPECT_EQ(parse_kv_spec("layers 0=k=rotunda4,v=rotunda2;k=rotunda3,v=rotunda2").to_string(),
             "layers 0=rotunda4:values=2;rotunda3:values=2");
@@ -107,8 +109,9 @@ TEST(KvSpecTest, RefusesWhatItCannotRead) {
       {"mix", "'mix' is unknown"},
       {"k=rotunda3", "got 'k=rotunda3' alone, expected k=SPEC,v=SPEC"},
       {"v=rotunda3,k=rotunda2", "got 'v=rotunda3', expected k=SPEC,v=SPEC"},
-      {"k=rotunda3,v=rotate2", "keys of rotunda3 do not go with values of rotate2, expected both from rotunda2, rotunda3, rotunda4"},
-      {"k=bf16,v=rotunda2", "keys of bf16 do not go with values of rotunda2"},
+      {"k=rotunda3,v=rotate2", "keys of rotunda3 do not go with values of rotate2, expected values of rotunda2, rotunda3, rotunda4, and no other"},
+      {"k=bf16,v=rotunda2", "keys of bf16 do not go with values of rotunda2, expected values of bf16,"},
+      {"k=fp8,v=int4", "keys of fp8 do not go with values of int4, expected values of fp8, mxfp8,"},
       {"k=rotunda3,v=nosuch", "'nosuch' is unknown"},
       {"k=rotunda3:recent=0,v=rotunda2:recent=1", "do not go with"},
       {"k=rotunda3:values=2,v=rotunda2", "do not go with"},

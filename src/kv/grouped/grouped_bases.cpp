@@ -79,7 +79,7 @@ at::Tensor spread_eigenvectors(const at::Tensor& moment) {
   return at::matmul(spread, hadamard_matrix(static_cast<int>(d), at::kDouble)).to(at::kFloat);
 }
 
-std::map<std::string, std::string> codes_settings(const GroupedPageLayout& layout,
+std::map<std::string, std::string> codes_settings(const GroupedPageLayout& layout, const std::string& values,
                                                   const std::vector<HeadBasis>& key_bases) {
   // FNV-1a. The upper 16 bits alone: a calibration may end in other low bits elsewhere.
   uint64_t hash = 14695981039346656037ULL;
@@ -92,7 +92,9 @@ std::map<std::string, std::string> codes_settings(const GroupedPageLayout& layou
   }
   return {{"rotunda.key_bits", std::to_string(layout.key.bits)},
           {"rotunda.value_bits", std::to_string(layout.value.bits)},
+          {"rotunda.values", values},
           {"rotunda.group", std::to_string(layout.key.group)},
+          {"rotunda.value_group", std::to_string(layout.value.group)},
           {"rotunda.basis_hash", std::to_string(hash)}};
 }
 

@@ -29,8 +29,9 @@ at::Tensor random_rotation(const KvModel& model, int layer, bool of_keys);
 /// @return [n_kv_heads, d, d] fp32, orthogonal
 at::Tensor spread_eigenvectors(const at::Tensor& moment);
 
-/// What a saved sequence must share with the cache that reads it: codes mean nothing in another basis. @param key_bases [n_layers]
-std::map<std::string, std::string> codes_settings(const GroupedPageLayout& layout,
+/// What a saved sequence must share with the cache that reads it: codes mean nothing in another basis.
+/// @param values the name of their kind   @param key_bases [n_layers]
+std::map<std::string, std::string> codes_settings(const GroupedPageLayout& layout, const std::string& values,
                                                   const std::vector<HeadBasis>& key_bases);
 
 }  // namespace rotunda::kv::grouped

@@ -20,6 +20,7 @@ class GroupedCache final : public WindowedCache {
       : WindowedCache(spec, model, options.exact, layout.page_bytes(), layout.codes_bytes_per_token(),
                       layout.scale_bytes_per_token()),
         layer_{layout, options.key_codec, options.value_codec},
+        values_(options.value_kind->name),
         bases_(std::move(key_bases)) {}
 
  private:
@@ -65,11 +66,12 @@ class GroupedCache final : public WindowedCache {
 
   std::map<std::string, std::string> saved_settings() const override {
     auto settings = WindowedCache::saved_settings();
-    settings.merge(codes_settings(layer_.layout, bases_));
+    settings.merge(codes_settings(layer_.layout, values_, bases_));
     return settings;
   }
 
   GroupedLayer layer_;
+  std::string values_;             // name of their kind
   std::vector<HeadBasis> bases_;  // [layer]
 };
 

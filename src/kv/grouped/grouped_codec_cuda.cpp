@@ -23,7 +23,7 @@ class GroupedCodecCuda final : public PageCodecCuda {
   GroupedCodecCuda(const KvModel& model, const GroupedOptions& options, const GroupedPageLayout& layout, const std::vector<HeadBasis>& key_bases)
       : layer_{layout, options.key_codec, options.value_codec},
         n_q_(model.n_heads / model.n_kv_heads),
-        settings_(codes_settings(layout, key_bases)) {
+        settings_(codes_settings(layout, options.value_kind->name, key_bases)) {
     std::vector<at::Tensor> matrices;
     for (const HeadBasis& basis : key_bases)
       if (const at::Tensor matrix = basis.matrix(); matrix.defined()) matrices.push_back(matrix);

@@ -19,23 +19,17 @@ namespace rotunda::kv::grouped {
 
 namespace {
 
-// Sorts the channels of keys (into the setup, for the cache) and of values (fused, exactly).
-void sort_channels(ChannelSort sort, const KvModel& model, int layer, ProjectionWeights& weights,
-                   ops::TensorBundle& setup) {
-  if (sort == ChannelSort::kNone) return;
-  at::Tensor key, value;
+// What the channels of keys and of values are sorted by, [n_kv_heads, d] each.
+std::pair<at::Tensor, at::Tensor> channel_energies(ChannelSort sort, const KvModel& model, int layer, const ProjectionWeights& weights,
+                                                   const ops::TensorBundle& setup) {
   if (sort == ChannelSort::kCalibration) {
     const GroupedMoments moments = grouped_moments(model, layer, setup);
-    key = moments.key_energy;
-    value = moments.value_energy;
-  } else {
-    key = weight_energy(model, weights.k_weight, weights.k_bias, weights.input_gain);
-    // Behind a norm a head's channels have one mean square, but for its gains.
-    if (weights.k_norm.defined()) key = key * weights.k_norm.to(at::kDouble).square();
-    value = weight_energy(model, weights.v_weight, weights.v_bias, weights.input_gain);
+    return {moments.key_energy, moments.value_energy};
   }
-  setup.tensors[concat("key_order.", layer)] = key_order(key);
-  rotate_values(model, HeadBasis::permutation(value_order(value)).matrix(), weights);
+  at::Tensor key = weight_energy(model, weights.k_weight, weights.k_bias, weights.input_gain);
+  // Behind a norm a head's channels have one mean square, but for its gains.
+  if (weights.k_norm.defined()) key = key * weights.k_norm.to(at::kDouble).square();
+  return {key, weight_energy(model, weights.v_weight, weights.v_bias, weights.input_gain)};
 }
 
 HeadBasis key_basis(const GroupedKind& kind, const GroupedOptions& options, const KvModel& model, int layer,
@@ -79,8 +73,9 @@ std::optional<std::string> GroupedFormat::unsupported_reason(const KvSpec& spec,
 }
 
 CalibrationUse GroupedFormat::calibration_use(const KvSpec& spec) const {
-  const bool calibrated =
-      kind_.basis == Basis::kAttentionAware || GroupedOptions::from_spec(spec, kind_).sort == ChannelSort::kCalibration;
+  const GroupedOptions options = GroupedOptions::from_spec(spec, kind_);
+  const bool calibrated = kind_.basis == Basis::kAttentionAware || options.value_kind->basis == Basis::kAttentionAware ||
+                          options.sort == ChannelSort::kCalibration;
   return calibrated ? CalibrationUse::kRequired : CalibrationUse::kNone;
 }
 
@@ -93,13 +88,40 @@ void GroupedFormat::check_calibration(const KvSpec&, const KvModel& model, const
   for (int layer = 0; layer < model.n_layers; ++layer) grouped_moments(model, layer, calibration);
 }
 
+std::optional<KvSpec> GroupedFormat::with_values(const KvSpec& keys, const KvSpec& values) const {
+  if (find_kind(values.format) == nullptr || !(values.options.empty() || values.options == keys.options)) return std::nullopt;
+  KvSpec both = keys;
+  if (!both.options.emplace("values", values.format).second) return std::nullopt;
+  try {
+    validate(both);
+  } catch (const Error&) {
+    return std::nullopt;
+  }
+  return both;
+}
+
+bool GroupedFormat::fuses_layer(const KvSpec& spec, const KvModel&, int) const {
+  return kind_.basis != Basis::kPlain || GroupedOptions::from_spec(spec, kind_).value_kind->basis != Basis::kPlain;
+}
+
 void GroupedFormat::fuse(const KvSpec& spec, const KvModel& model, int layer, ProjectionWeights& weights,
                          ops::TensorBundle& setup) const {
-  switch (kind_.basis) {
+  const GroupedOptions options = GroupedOptions::from_spec(spec, kind_);
+  // Keys into the setup, for the cache; before values change the weights.
+  at::Tensor value_energy;
+  if (options.sort != ChannelSort::kNone) {
+    const auto [key, value] = channel_energies(options.sort, model, layer, weights, setup);
+    if (kind_.basis == Basis::kSorted) setup.tensors[concat("key_order.", layer)] = key_order(key);
+    value_energy = value;
+  }
+  if (kind_.basis == Basis::kAttentionAware)
+    setup.tensors[concat("key_basis.", layer)] = spread_eigenvectors(grouped_moments(model, layer, setup).query);
+  // Values into the projections, exactly.
+  switch (options.value_kind->basis) {
     case Basis::kPlain:
       break;
     case Basis::kSorted:
-      sort_channels(GroupedOptions::from_spec(spec, kind_).sort, model, layer, weights, setup);
+      if (value_energy.defined()) rotate_values(model, HeadBasis::permutation(value_order(value_energy)).matrix(), weights);
       break;
     case Basis::kHadamard:
       rotate_values(model, weights);
@@ -107,12 +129,9 @@ void GroupedFormat::fuse(const KvSpec& spec, const KvModel& model, int layer, Pr
     case Basis::kRandomRotation:
       rotate_values(model, random_rotation(model, layer, /*of_keys=*/false), weights);
       break;
-    case Basis::kAttentionAware: {
-      const GroupedMoments moments = grouped_moments(model, layer, setup);
-      setup.tensors[concat("key_basis.", layer)] = spread_eigenvectors(moments.query);
-      rotate_values(model, spread_eigenvectors(moments.value), weights);
+    case Basis::kAttentionAware:
+      rotate_values(model, spread_eigenvectors(grouped_moments(model, layer, setup).value), weights);
       break;
-    }
   }
 }
 

@@ -20,7 +20,9 @@ class GroupedFormat : public KvFormat {
   std::string calibration_name() const override { return "grouped"; }
   std::unique_ptr<KvCalibrator> make_calibrator(const KvModel& model) const override;
   void check_calibration(const KvSpec& spec, const KvModel& model, const ops::TensorBundle& calibration) const override;
+  std::optional<KvSpec> with_values(const KvSpec& keys, const KvSpec& values) const override;
   bool fuses_projections() const override { return kind_.basis != Basis::kPlain; }
+  bool fuses_layer(const KvSpec& spec, const KvModel& model, int layer) const override;
   /// Values into their basis: W_v and W_o. The basis of keys, where it follows from weights or a calibration, into the setup.
   void fuse(const KvSpec& spec, const KvModel& model, int layer, ProjectionWeights& weights,
             ops::TensorBundle& setup) const override;

@@ -1,5 +1,7 @@
 #pragma once
 
+#include <string_view>
+
 #include "kv/grouped/kernels/grouped_codec.h"
 #include "kv/kv_options.h"
 
@@ -25,5 +27,8 @@ struct GroupedKind {
   float value_clip = 1.0F;             ///< kMinMax: the values' own `clip`
   ExactOptions exact{.recent = 0, .sinks = 0};
 };
+
+/// The registered kind of this name, or null.
+const GroupedKind* find_kind(std::string_view name);
 
 }  // namespace rotunda::kv::grouped

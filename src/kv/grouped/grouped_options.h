@@ -22,7 +22,8 @@ struct GroupedOptions {
   GroupedCodec key_codec;
   GroupedCodec value_codec;
   ExactOptions exact;
-  ChannelSort sort = ChannelSort::kNone;
+  ChannelSort sort = ChannelSort::kNone;     ///< of keys and of values, where their basis is sorted
+  const GroupedKind* value_kind = nullptr;  ///< whose codec and basis values have, in register.cpp
 
   /// @throws Error{kUser} naming format, option, got and expected.
   static GroupedOptions from_spec(const KvSpec& spec, const GroupedKind& kind);

@@ -197,6 +197,12 @@ const GroupedKind kKinds[] = {
 
 }  // namespace
 
+const GroupedKind* find_kind(std::string_view name) {
+  for (const GroupedKind& kind : kKinds)
+    if (name == kind.name) return &kind;
+  return nullptr;
+}
+
 }  // namespace grouped
 
 void register_grouped(KvRegistry& registry) {

@@ -409,9 +409,14 @@ TEST(GroupedOptions, WhatDoesNotFitIsRefusedInOneLine) {
   EXPECT_EQ(refusal("int2:group=24"), "int2: option group=24, expected a multiple of 16 from 16 to 1024");
   EXPECT_EQ(refusal("int2:group=all"), "int2: option group=all, expected a number from 16 to 1024");
   EXPECT_EQ(refusal("bfp4:values=9"), "bfp4: option values=9, expected a number from 2 to 8");
+  EXPECT_EQ(refusal("int4:values=9"), "int4: option values=9, expected a grouped format (int4, quarot2, ...)");
+  EXPECT_EQ(refusal("int4:values=fp8"), "int4: option values=fp8, expected e4m3 values with e4m3 keys, and others with others");
+  EXPECT_EQ(refusal("int4:values=oscar2"),
+            "int4: option values=oscar2, which wants a calibration, expected keys of oscar* or bfp* with it");
+  EXPECT_EQ(refusal("nvfp4:values=q8_0"), "nvfp4: option values=q8_0, whose groups of 32 channels do not divide head_dim 80");
   EXPECT_EQ(refusal("bfp4:clamp=none"), "bfp4: option clamp=none, expected one of: asymmetric, symmetric");
   EXPECT_EQ(refusal("turbo2:group=32"),
-            "turbo2: option 'group' is unknown, expected one of: recent, first, sinks, sink_select, scale");
+            "turbo2: option 'group' is unknown, expected one of: recent, first, sinks, sink_select, values, scale");
   EXPECT_EQ(refusal("turbo2:scale=unbiased"), "turbo2: option scale=unbiased, expected one of: norm, length");
 }
 
